@@ -1,8 +1,8 @@
 //! Acknowledgements that wait until their stream is durable.
 //!
-//! One lane per stream: acks leave in order per connection and stream, and a
-//! stalled stream holds only its own. A group is what one append made; a whole
-//! group, often all that waits, goes out in one write.
+//! There is one lane for each stream: acknowledgements are sent in order for each connection and stream,
+//! and a stalled stream delays only its own. A group is the acknowledgements of one append. A whole
+//! group, often all that are waiting, is sent in one write.
 
 use std::collections::VecDeque;
 use std::future::{Future, pending};
@@ -15,17 +15,17 @@ use tokio::sync::watch;
 use super::wire::{self, Version};
 use crate::stream::{Stream, Ticket};
 
-/// First byte and packet id of an ack.
+/// First byte and packet id of an acknowledgement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ack {
     pub first: u8,
     pub packet_id: u16,
-    /// MQTT 5's reason why a publish was refused, or that a released id is released again;
-    /// 0 for one that was taken in, and where the version cannot say it.
+    /// MQTT 5 reason code for a refused publish, or for an id that was already released; 0 for an
+    /// accepted publish, and in versions without reason codes.
     pub code: u8,
 }
 
-/// Why a publish is refused.
+/// Returns the reason string for a refused publish.
 fn reason(code: u8) -> &'static str {
     match code {
         wire::NOT_AUTHORIZED => "publishing to this topic is not allowed",
@@ -34,18 +34,18 @@ fn reason(code: u8) -> &'static str {
     }
 }
 
-/// The stream stopped: these acks will never go out.
+/// The stream stopped. These acknowledgements will never be sent.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Stopped;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Written {
     pub acks: u32,
-    /// Those that end their publish: PUBACK and PUBCOMP.
+    /// Number of acknowledgements that complete a publish: PUBACK and PUBCOMP.
     pub finished: u32,
 }
 
-/// What a connection still owes its client. Bounded by `receive_maximum` and
+/// Acknowledgements that a connection still owes its client, at most `receive_maximum` or
 /// `inflight_max`.
 pub struct Acks {
     lanes: Vec<Lane>,
@@ -55,24 +55,24 @@ pub struct Acks {
 
 struct Lane {
     durable: watch::Receiver<Ticket>,
-    /// Ticket, and how many of `acks` it is for.
+    /// Tickets, and how many of `acks` each is for.
     groups: VecDeque<(Ticket, u32)>,
     acks: VecDeque<Ack>,
     stream: usize,
 }
 
 impl Acks {
-    /// `tells_reasons`: refusals say why, in a reason string.
+    /// Creates an empty queue. `tells_reasons` says whether refusals have a reason string.
     pub fn new(tells_reasons: bool) -> Self {
         Self { lanes: Vec::new(), waiting: 0, tells_reasons }
     }
 
-    /// Acks that wait.
+    /// Returns the number of waiting acknowledgements.
     pub fn waiting(&self) -> usize {
         self.waiting
     }
 
-    /// Queues `acks`, to go out once `ticket` is durable in stream number `stream`.
+    /// Queues `acks`, to be sent once `ticket` is durable in the stream with index `stream`.
     pub fn queue(
         &mut self,
         number: usize,
@@ -101,7 +101,8 @@ impl Acks {
         }
     }
 
-    /// Writes the acks that may go, and tells `wrote` of each, its stream and what is durable there.
+    /// Writes the acknowledgements whose tickets are durable, and passes each of them to `wrote`, with
+    /// its stream and the ticket that is durable there.
     pub fn write_durable(
         &mut self,
         out: &mut BytesMut,
@@ -140,7 +141,8 @@ impl Acks {
         written
     }
 
-    /// Returns when a stream that holds acks has moved. Pending while none wait. Safe to drop.
+    /// Waits until a stream with pending acknowledgements has made progress. Never returns if there are
+    /// none. Cancel safe.
     pub async fn moved(&mut self) -> Result<(), Stopped> {
         let mut holding = self.lanes.iter_mut().filter(|lane| !lane.groups.is_empty());
         let moved = match (holding.next(), holding.next()) {

@@ -1,5 +1,6 @@
-//! What each client did and what became of it, for an operator who looks for the one that
-//! floods, is refused, or loses messages. Counted once a read or a write, not once a message.
+//! Counters of each client's messages and their outcomes, with which an operator finds the client that
+//! floods, is refused, or loses messages. They are updated once for each read or write, not for each
+//! message.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{LazyLock, OnceLock};
@@ -9,35 +10,35 @@ use serde::{Deserialize, Serialize};
 
 use super::outbound::Filled;
 
-/// Counts since the session began, or since the host started where that was later.
+/// Counters since the session began, or since the host started, whichever is later.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Counts {
-    /// Messages that were taken in from the client, and the bytes of their payloads.
+    /// Accepted messages of the client, and the bytes of their payloads.
     pub published: u64,
     pub published_bytes: u64,
-    /// Publishes of the client that the access rules or `topic_levels_max` refused.
+    /// Publishes of the client that were refused by the access rules or by `topic_levels_max`.
     pub refused_publishes: u64,
-    /// Filters of the client that were refused.
+    /// Refused filters of the client.
     pub refused_subscribes: u64,
     /// QoS 0 messages of the client that were dropped because the disk was full.
     pub no_space: u64,
-    /// Times that the client was read no further for a while, because it or all clients together
-    /// publish more than `mqtt.limits` allows.
+    /// Number of times that reading from the client paused because it, or all clients together, exceeded
+    /// a rate in `mqtt.limits`.
     #[serde(default)]
     pub throttled: u64,
-    /// Messages that were sent to the client; a message that is sent again counts again.
+    /// Messages sent to the client. A message that is sent again is counted again.
     pub delivered: u64,
-    /// Messages for the client that its queue had no room for, or that waited in it for longer
+    /// Messages for the client that were dropped because its queue was full, or because they were older
     /// than `mqtt.queue_age_max`.
     pub dropped: u64,
-    /// Messages for the client whose own expiry passed while they waited.
+    /// Messages for the client that expired while they were queued.
     pub expired: u64,
-    /// Messages for the client that are larger than it takes.
+    /// Messages for the client that exceed its maximum packet size.
     pub too_large: u64,
-    /// Messages for the client that the access rules withheld.
+    /// Messages for the client that the access rules denied.
     pub withheld: u64,
-    /// Messages that waited for the client and are not in their stream any more: damaged on disk, removed by
-    /// retention, or in a stream that lost its end or is older than the session.
+    /// Messages that were queued for the client and are no longer in their stream: damaged on disk,
+    /// removed by retention, or in a stream that lost its end or is older than the session.
     #[serde(default)]
     pub gone: u64,
 }
@@ -47,18 +48,19 @@ impl Counts {
         self.refused_publishes + self.refused_subscribes
     }
 
-    /// Messages for the client that it did not get.
+    /// Returns the number of messages for the client that it did not receive.
     pub fn missed(&self) -> u64 {
         self.dropped + self.expired + self.too_large + self.withheld + self.gone
     }
 }
 
-/// What the client of one session did. Its connection writes this; anybody reads it.
+/// Activity of the client of one session. The session's connection writes it, and any thread can read
+/// it.
 #[derive(Debug, Default)]
 pub struct Activity {
-    /// Made with the first count: a client that only listens has none.
+    /// Counters, which are allocated with the first count. A client that only listens has none.
     counters: OnceLock<Box<Counters>>,
-    /// Microseconds from [`BEGUN`]; 0: not yet.
+    /// Time of the last read in microseconds since [`BEGUN`]; 0 if there was none.
     read_us: AtomicU64,
 }
 
@@ -77,7 +79,7 @@ struct Counters {
     gone: AtomicU64,
 }
 
-/// Times of reads count from here, so that a read asks no second clock.
+/// Start of the times of reads, so that a read needs no second clock.
 static BEGUN: LazyLock<Instant> = LazyLock::new(Instant::now);
 
 impl Activity {
@@ -119,7 +121,7 @@ impl Activity {
         }
     }
 
-    /// A new session begins.
+    /// Resets the activity for a new session.
     pub fn reset(&self) {
         self.read_us.store(0, Ordering::Relaxed);
         let Some(counters) = self.counters.get() else { return };
@@ -144,19 +146,19 @@ impl Activity {
         }
     }
 
-    /// Bytes came from the client.
+    /// Records that bytes of the client were read.
     pub fn read(&self, at: Instant) {
         let us = at.saturating_duration_since(*BEGUN).as_micros() as u64;
         self.read_us.store(us.max(1), Ordering::Relaxed);
     }
 
-    /// How long ago bytes came from the client.
+    /// Returns the time since bytes of the client were last read.
     pub fn silent_for(&self) -> Option<Duration> {
         let us = Some(self.read_us.load(Ordering::Relaxed)).filter(|us| *us > 0)?;
         Some(BEGUN.elapsed().saturating_sub(Duration::from_micros(us)))
     }
 
-    /// Without `dropped`, which the session's queue counts.
+    /// Returns the counters, except `dropped`, which the session's queue counts.
     pub fn counts(&self) -> Counts {
         let Some(counters) = self.counters.get() else { return Counts::default() };
         let get = |count: &AtomicU64| count.load(Ordering::Relaxed);

@@ -1,14 +1,15 @@
-//! Topic aliases towards one client (MQTT 5.0, 3.3.2.3.4): the topics that it is
-//! sent first get one each, for as long as its connection lasts.
+//! Topic aliases for messages to one client (MQTT 5.0, 3.3.2.3.4). The first topics that are sent on a
+//! connection get one each.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use crate::room::{Holding, Room};
 
-/// An alias takes as much on its first use, and stands for the topic from then on.
+/// Size of the alias property. An alias costs as much on its first use, and replaces the topic from then
+/// on.
 const PROPERTY_BYTES: usize = 3;
-/// About the number of bytes that an alias takes beside its topic.
+/// Approximate memory of an alias besides its topic.
 const ALIAS_BYTES: usize = 48;
 
 pub struct Aliases {
@@ -22,16 +23,16 @@ pub struct Aliases {
 struct Known {
     aliases: HashMap<Box<str>, u16>,
     bytes: usize,
-    /// What the aliases take of the memory of all connections.
+    /// The aliases' part of the memory of all connections.
     memory: Holding,
 }
 
-/// How a PUBLISH names its topic.
+/// The topic of a PUBLISH as it is sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Name<'t> {
-    /// Empty where the alias says it all.
+    /// Topic; empty if the alias replaces it.
     pub topic: &'t str,
-    /// 0: none.
+    /// Alias; 0 if there is none.
     pub alias: u16,
 }
 
@@ -40,19 +41,19 @@ impl<'t> Name<'t> {
         Self { topic, alias: 0 }
     }
 
-    /// The client learns the alias from this PUBLISH.
+    /// Returns whether this PUBLISH defines the alias.
     pub fn is_new(self) -> bool {
         self.alias > 0 && !self.topic.is_empty()
     }
 }
 
 impl Aliases {
-    /// At most `max`, which the client takes; 0: none.
+    /// Creates at most `max` aliases, as the client allows; 0 disables them.
     pub fn new(max: u16) -> Self {
         Self { max, known: None, room: None }
     }
 
-    /// At most `max`, and no more than `room` has memory for.
+    /// Creates at most `max` aliases, as far as `room` has memory.
     pub fn within(max: u16, room: &Arc<Room>) -> Self {
         Self { room: Some(room.clone()), ..Self::new(max) }
     }
@@ -72,7 +73,7 @@ impl Aliases {
         }
     }
 
-    /// A PUBLISH with this name is on its way.
+    /// Records that a PUBLISH with this name was sent.
     pub fn sent(&mut self, name: Name<'_>) {
         if name.is_new() {
             let new = || Known {

@@ -1,5 +1,5 @@
-//! Enhanced authentication (MQTT 5.0, 4.12): rounds of AUTH before CONNACK, and
-//! again at any time later. What is said in them is [`crate::access`]'s.
+//! Enhanced authentication (MQTT 5.0, 4.12): rounds of AUTH packets before CONNACK, and again at any
+//! later time. [`crate::access`] handles their contents.
 
 use std::future::pending;
 use std::sync::{Arc, OnceLock};
@@ -23,29 +23,29 @@ use super::wire::{self, Fault, Packet, Version};
 use crate::access::{Act, Admitted, Credentials, Denied, Exchange, ROUNDS_MAX, Step, Verdict};
 use crate::listeners::transport::Remote;
 
-/// What CONNECT named; it stays for the connection.
+/// Authentication method in CONNECT, which applies to the whole connection.
 #[derive(Clone, Debug)]
 pub struct Method {
     pub name: Box<str>,
-    /// Of CONNECT.
+    /// Authentication data of CONNECT.
     pub data: Bytes,
-    /// Who the client said that it is, within an exchange.
+    /// User name that the client claimed during an exchange.
     tried: OnceLock<Box<str>>,
 }
 
-/// Why a client is not served.
+/// Why a client is refused.
 #[derive(Clone, Copy, Debug)]
 pub struct Denial {
-    /// What CONNACK says; `None`: nothing.
+    /// Reason in CONNACK; `None` if no CONNACK is sent.
     pub reason: Option<ConnectAckReason>,
-    /// What is counted.
+    /// Cause under which the refusal is counted.
     pub cause: &'static str,
-    /// What is behind it has a line of its own, which counts these clients.
+    /// Whether the underlying failure has a log line of its own, which counts these clients.
     pub is_reported: bool,
 }
 
 impl Denial {
-    /// The client has left.
+    /// The client has disconnected.
     const LOST: Self = Self { reason: None, cause: "lost", is_reported: false };
 
     pub fn new(reason: ConnectAckReason, cause: &'static str) -> Self {
@@ -53,10 +53,11 @@ impl Denial {
     }
 }
 
-/// Bytes of a client that are read while its credentials are looked at.
+/// Bytes that are read from a client while its credentials are checked.
 const EARLY_BYTES_MAX: usize = 16 << 10;
 
-/// `Err`: the client has left before `work` was done. What it sends meanwhile stays in `input`.
+/// Runs `work`. Returns `Err` if the client disconnects before it is done. Bytes that the client sends
+/// meanwhile stay in `input`.
 pub async fn unless_gone<S: AsyncRead + Unpin, T>(
     broker: &Broker,
     io: &mut S,
@@ -90,8 +91,8 @@ impl Method {
         self.tried.get().map(|user| &**user)
     }
 
-    /// The rounds between CONNECT and CONNACK, with the data that CONNACK
-    /// carries. The caller bounds the time.
+    /// Performs the rounds between CONNECT and CONNACK, and returns the data for CONNACK. The caller
+    /// limits the time.
     pub async fn admit<S: AsyncRead + AsyncWrite + Unpin>(
         &self,
         broker: &Broker,
@@ -125,7 +126,7 @@ impl Method {
         Err(Denial::new(ConnectAckReason::NotAuthorized, "bad_credentials"))
     }
 
-    /// Until CONNACK a client sends nothing but AUTH and DISCONNECT (3.1.2-30).
+    /// Reads the client's answer. Until CONNACK a client may send only AUTH and DISCONNECT (3.1.2-30).
     async fn read_answer<S: AsyncRead + Unpin>(
         &self,
         broker: &Broker,
@@ -165,7 +166,7 @@ impl Method {
         Ok(auth.auth_data.unwrap_or_default())
     }
 
-    /// `None` where it is more than the client takes.
+    /// Encodes an AUTH packet. Returns `None` if it exceeds the client's maximum packet size.
     fn put(
         &self,
         reason_code: AuthReasonCode,
@@ -202,45 +203,46 @@ pub fn denial(denied: Denied) -> Denial {
     }
 }
 
-/// Authenticates a connected client again (4.12.1). Everything else of the connection goes on
-/// meanwhile, by the rights that the client has.
+/// Re-authentication of a connected client (4.12.1). The connection continues meanwhile, with the
+/// client's present rights.
 pub struct Again {
     method: Method,
     remote: Arc<Remote>,
-    /// Of CONNECT.
+    /// User name in CONNECT.
     username: Option<Box<str>>,
     running: Option<Running>,
 }
 
-/// An exchange that is under way.
+/// A running exchange.
 struct Running {
     rounds: u32,
-    /// When it must be over.
+    /// Time by which the exchange must be finished.
     until: Instant,
     turn: Turn,
 }
 
 enum Turn {
-    /// The client is to answer.
+    /// The client must answer.
     Clients(Box<dyn Exchange>),
-    /// What the client has said is looked at, on a task of its own: a connection that is at
-    /// something else meanwhile keeps nobody's turn.
+    /// The client's answer is being checked, on a task of its own, so that a connection that does
+    /// something else meanwhile does not keep the turn of others.
     Hosts(AbortOnDropHandle<Looked>),
 }
 
-/// What came of a look.
+/// Result of a check.
 pub enum Looked {
-    /// The client is to answer this.
+    /// The client must answer this.
     Ask {
         data: Vec<u8>,
         exchange: Box<dyn Exchange>,
     },
-    /// The client is known. What its session is subscribed to was asked for with the new rights.
+    /// The client is authenticated. The access plugin was asked about its subscriptions with the new
+    /// rights.
     Done {
         data: Vec<u8>,
         rights: Box<Admitted>,
         may_leave_will: bool,
-        /// It is unsubscribed from what the new rights forbid.
+        /// Whether subscriptions were removed that the new rights deny.
         has_left: bool,
     },
     Failed,
@@ -248,14 +250,14 @@ pub enum Looked {
     Stopped,
 }
 
-/// What a look needs of a connection.
+/// What a check needs of a connection.
 struct Looking {
     broker: Arc<Broker>,
     session: Arc<Session>,
     remote: Arc<Remote>,
     method: Box<str>,
     username: Option<Box<str>>,
-    /// Who the client is now, and must stay.
+    /// Present user name, which must stay the same.
     name: Option<Arc<str>>,
     will_topic: Option<Box<str>>,
 }
@@ -265,7 +267,7 @@ impl Again {
         Self { method, remote, username, running: None }
     }
 
-    /// Takes an AUTH, and begins to look at it: see [`Self::looked`].
+    /// Accepts an AUTH packet and begins to check it: see [`Self::looked`].
     pub fn take(
         &mut self,
         broker: &Arc<Broker>,
@@ -303,7 +305,7 @@ impl Again {
         }
     }
 
-    /// Returns what came of a look; pending while there is none. Safe to drop.
+    /// Returns the result of a check. Never returns while none runs. Cancel safe.
     async fn look(&mut self) -> Looked {
         let Some(Running { turn: Turn::Hosts(look), .. }) = &mut self.running else { return pending().await };
         // Fails only while the runtime ends.
@@ -311,8 +313,8 @@ impl Again {
         looked
     }
 
-    /// Tells the client what came of a look: puts an AUTH into `out`, changes the client's rights
-    /// where it is over, and forgets its `will` where the new ones forbid it. A failure ends the
+    /// Handles the result of a check: puts an AUTH packet into `out`, changes the client's rights when
+    /// the exchange is complete, and removes its `will` if the new rights deny it. A failure ends the
     /// connection.
     pub fn looked(
         &mut self,
@@ -378,8 +380,8 @@ impl Again {
     }
 }
 
-/// Returns what came of a look at what the client has said. Pending while there is none, and for a
-/// client that does not authenticate again. Safe to drop.
+/// Returns the result of the check of the client's answer. Never returns while none runs, or if the
+/// client does not authenticate again. Cancel safe.
 pub async fn look(again: Option<&mut Again>) -> Looked {
     match again {
         // Boxed: a connection that has nothing looked at does not carry it.
@@ -426,7 +428,7 @@ impl Looking {
         }
     }
 
-    /// Has the plugin asked, where the rules say so, for what the client has left and is subscribed to.
+    /// Asks the access plugin about the client's will and subscriptions, if the rules require it.
     async fn ask(self, data: Vec<u8>, mut rights: Box<Admitted>) -> Looked {
         let mut may_leave_will = true;
         if let Some(topic) = self.will_topic {
@@ -445,7 +447,7 @@ impl Looking {
     }
 }
 
-/// Whether a filter of the session is one that the plugin was not asked for.
+/// Returns whether the session has a filter about which the plugin was not asked.
 fn is_unanswered(rights: &Admitted, session: &Session) -> bool {
     let filters = if rights.is_everything() { Vec::new() } else { session.filter_list() };
     let mut filters = filters.iter().filter_map(|filter| Filter::parse(filter));
@@ -459,13 +461,13 @@ fn report_forgotten(broker: &Broker, session: &Session, will: &Will) {
     broker.failures.report_client(kind, &session.client_id, 1, &detail, "");
 }
 
-/// Has the connection look at its deadline when its rights are taken back.
+/// Wakes the connection to check its deadline when its rights are revoked.
 pub fn watch(broker: &Broker, rights: &mut Admitted, session: &Arc<Session>) {
     let session = session.clone();
     broker.access.watch(rights, move || session.wake.notify_one());
 }
 
-/// When what runs must be over, or the client is known no longer.
+/// Returns when the running exchange must be finished, or the client's credentials expire.
 pub fn deadline(again: Option<&Again>, rights: &Admitted) -> Option<Instant> {
     if rights.is_revoked() {
         return Some(Instant::now());
@@ -475,7 +477,7 @@ pub fn deadline(again: Option<&Again>, rights: &Admitted) -> Option<Instant> {
     [until, known_until].into_iter().flatten().min()
 }
 
-/// Says why [`deadline`] is over.
+/// Returns why the [`deadline`] has passed.
 pub fn over(again: Option<&Again>, rights: &Admitted) -> &'static str {
     let is_running = again.is_some_and(|again| again.running.is_some());
     let is_known = rights.identity.valid_until.is_none_or(|until| Instant::from_std(until) > Instant::now());
@@ -486,8 +488,8 @@ pub fn over(again: Option<&Again>, rights: &Admitted) -> &'static str {
     }
 }
 
-/// Counted and said to a person; the client is not told whether it was the
-/// proof, the user or the time.
+/// Counts and reports a failure. The client is not told whether the proof, the user or the time was the
+/// reason.
 pub fn failed(broker: &Broker, client_id: &str, why: &'static str) -> Fault {
     broker.failures.report_client(why, client_id, 1, &format!("client {client_id}"), "");
     Fault { code: DisconnectReasonCode::NotAuthorized, what: "authentication failed or ran out" }

@@ -1,5 +1,5 @@
-//! Durable things of any size in a stream's state, whose values are bounded:
-//! cut into chunks, all in one append, so that after a crash all are there or none.
+//! Durable objects of any size in the state of a stream, whose values are limited. An object is split
+//! into chunks that are written in one append, so that after a crash there are all of them or none.
 
 use crate::stream::{STATE_VALUE_BYTES_MAX, Stream};
 
@@ -9,13 +9,13 @@ const NUMBER_BYTES: usize = 2;
 const ID_BYTES: usize = 16;
 const KEY_BYTES: usize = size_of::<Kind>() + ID_BYTES + NUMBER_BYTES;
 
-/// Names a thing among those of its kind.
+/// Name of an object among those of its kind.
 pub type Id = [u8; ID_BYTES];
 
-/// Two bytes that all keys of a kind begin with.
+/// The first two bytes of all keys of a kind.
 pub type Kind = [u8; 2];
 
-/// Where a thing lies.
+/// Place of an object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Blob {
     kind: Kind,
@@ -24,7 +24,7 @@ pub struct Blob {
 }
 
 impl Blob {
-    /// The thing `bytes`, at most 4 GiB, to be written.
+    /// Returns the place for an object of at most 4 GiB that is to be written.
     pub fn new(kind: Kind, id: Id, bytes: &[u8]) -> Self {
         Self { kind, id, chunks: bytes.len().div_ceil(STATE_VALUE_BYTES_MAX) as u16 }
     }
@@ -33,7 +33,7 @@ impl Blob {
         self.id
     }
 
-    /// Writes it; `old` is what lay under its name before.
+    /// Adds the changes that write the object. `old` is the object previously stored under its name.
     pub fn write(&self, bytes: &[u8], old: Option<&Blob>, changes: &mut Vec<Change>) {
         for (number, chunk) in bytes.chunks(STATE_VALUE_BYTES_MAX).enumerate() {
             changes.push((self.key(number as u16), Some(chunk.into())));
@@ -52,12 +52,12 @@ impl Blob {
     }
 }
 
-/// What a thing of `len` bytes takes of a stream's state, with its keys.
+/// Returns the size that an object of `len` bytes takes in a stream's state, with its keys.
 pub fn state_bytes(len: usize) -> usize {
     len + len.div_ceil(STATE_VALUE_BYTES_MAX) * KEY_BYTES
 }
 
-/// All things of a kind that `stream` holds, with their bytes.
+/// Returns all objects of a kind in `stream`, with their bytes.
 pub fn load(stream: &dyn Stream, kind: Kind) -> Vec<(Blob, Vec<u8>)> {
     let mut found: Vec<(Blob, Vec<u8>)> = Vec::new();
     // In key order: the chunks of a thing follow each other.

@@ -1,10 +1,10 @@
-//! What is legal in the section `mqtt`, but hardly meant.
+//! Warnings about settings in the section `mqtt` that are valid but probably not intended.
 
 use super::config::Config;
 use crate::access::{self, Authenticator};
 
 impl Config {
-    /// Each begins with its key. Reads the files that the section names.
+    /// Returns the warnings, each beginning with its key. Reads the files that the section names.
     pub fn warnings(&self) -> Vec<String> {
         let mut warnings = Vec::new();
         for (i, endpoint) in self.listeners.iter().enumerate() {

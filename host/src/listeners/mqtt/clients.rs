@@ -1,4 +1,4 @@
-//! The clients as an operator sees them, and how one is sent away.
+//! The operator's view of clients, and the operations on them.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -15,32 +15,34 @@ use super::wire::Version;
 use crate::listeners::refused_clients::RefusedClient;
 use crate::listeners::transport::{Address, Remote};
 
-/// What is known of a client that is connected, or whose session waits for it.
+/// A client that is connected, or that has a stored session.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Client {
     pub client_id: String,
     pub connection: Option<Connection>,
-    /// Seconds that the session is kept without its client; `None`: for ever.
+    /// Seconds for which the session is kept while its client is not connected; `None` if it never
+    /// expires.
     pub session_expiry_s: Option<u32>,
-    /// When the last connection ended, microseconds since 1970, UTC; `None` while there is one.
+    /// When the last connection ended, in microseconds since 1970, UTC; `None` while the client is
+    /// connected.
     pub disconnected_us: Option<u64>,
     pub subscriptions: usize,
-    /// Messages that wait to be sent, and their bytes, in memory or in their streams.
+    /// Number of queued messages, and their bytes, in memory or in their streams.
     pub queued: usize,
     pub queued_bytes: usize,
-    /// Sent and not acknowledged.
+    /// Number of messages that were sent and are not acknowledged.
     pub in_flight: usize,
-    /// Bytes of memory that the session's filters and queue take.
+    /// Bytes of memory of the session's filters and queue.
     pub session_bytes: usize,
-    /// When bytes last came from the client, microseconds since 1970, UTC; `None` where none came
-    /// since the host started.
+    /// When bytes were last received from the client, in microseconds since 1970, UTC; `None` if none
+    /// were received since the host started.
     pub last_seen_us: Option<u64>,
     pub counts: Counts,
-    /// Times that connections with the client id ended each other lately: see `headworks status` for
-    /// those of which two devices seem to have one id.
+    /// Number of recent takeovers between connections with this client id. `headworks status` lists ids
+    /// that two devices seem to share.
     #[serde(default)]
     pub takeovers: u64,
-    /// Its filters; empty in a list.
+    /// Filters of the session; empty in a list.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub filters: Vec<String>,
 }
@@ -49,30 +51,30 @@ pub struct Client {
 pub struct Connection {
     /// `3.1`, `3.1.1` or `5.0`.
     pub version: String,
-    /// `192.0.2.7:50112`, or what a Unix socket tells.
+    /// Address, such as `192.0.2.7:50112`, or the information that a Unix socket provides.
     pub address: String,
     pub user: Option<String>,
-    /// Microseconds since 1970, UTC.
+    /// Start of the connection in microseconds since 1970, UTC.
     pub since_us: u64,
-    /// 0: off.
+    /// Keep alive in seconds; 0 if it is off.
     pub keep_alive_s: u16,
 }
 
-/// What a session knows of its connection. Each connected client has one, so it holds no text of
+/// What a session stores about its connection. Each connected client has one, so it contains no text of
 /// its own.
 #[derive(Clone)]
 pub(super) struct Connected {
     pub version: Version,
     pub remote: Arc<Remote>,
     pub user: Option<Arc<str>>,
-    /// Microseconds since 1970, UTC.
+    /// Start of the connection in microseconds since 1970, UTC.
     pub since_us: u64,
     pub keep_alive_s: u16,
 }
 
 impl Connected {
-    /// Whether `address` is another host than that of the connection. A client that comes back
-    /// from where it was has lost its connection.
+    /// Returns whether `address` is a different host from that of the connection. A client that connects
+    /// again from the same host has lost its connection.
     pub fn is_elsewhere(&self, address: &Address) -> bool {
         self.remote.address.ip() != address.ip()
     }
@@ -93,7 +95,7 @@ impl Connected {
     }
 }
 
-/// In which order clients are listed: by id, or the greatest first.
+/// Order of a list of clients: by id, or the largest value first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ClientOrder {
@@ -102,14 +104,14 @@ pub enum ClientOrder {
     Published,
     Delivered,
     Queued,
-    /// Messages that the client did not get.
+    /// Number of messages that the client did not receive.
     Missed,
-    /// Publishes and filters that were refused.
+    /// Number of refused publishes and filters.
     Refused,
 }
 
 impl ClientOrder {
-    /// Returns the number by which clients are put in order, the greatest first.
+    /// Returns the value by which clients are sorted, the largest first.
     pub fn key(self, client: &Client) -> u64 {
         match self {
             Self::Id => 0,
@@ -122,13 +124,13 @@ impl ClientOrder {
     }
 }
 
-/// Looks at the clients of a running listener.
+/// Access to the clients of a running listener.
 #[derive(Clone)]
 pub struct Clients(pub(super) Arc<Broker>);
 
 impl Clients {
-    /// Clients whose id begins with `prefix` and comes behind `after`: how many there are, and the
-    /// first `max`.
+    /// Returns the number of clients whose id begins with `prefix` and is greater than `after`, and the
+    /// first `max` of them.
     pub fn list(&self, prefix: &str, after: &str, max: usize, order: ClientOrder) -> (usize, Vec<Client>) {
         let mut sessions = self.0.sessions.all();
         let is_asked_for = |id: &str| id.starts_with(prefix) && (after.is_empty() || id > after);
@@ -155,29 +157,29 @@ impl Clients {
         Client { takeovers, ..session.describe(&self.0.clock) }
     }
 
-    /// Brings the gauges up to date that count over all sessions.
+    /// Updates the gauges that are sums over all sessions.
     pub fn measure(&self) {
         self.0.measure();
     }
 
-    /// Returns the client that was refused last for this cause.
+    /// Returns the last client that was refused for this cause.
     pub fn last_refused(&self, cause: &str) -> Option<RefusedClient> {
         self.0.refused_clients.last_of(cause)
     }
 
-    /// Returns the client ids that several devices seem to have, the most contended first.
+    /// Returns the client ids that several devices seem to share, the most contended first.
     pub fn contended(&self) -> Vec<ContendedId> {
         self.0.takeovers.contended(Instant::now())
     }
 
-    /// Returns how many entries the list of refused clients has, and its newest `max`.
+    /// Returns the number of entries in the list of refused clients, and the newest `max` of them.
     pub fn refused(&self, max: usize) -> (usize, Vec<RefusedClient>) {
         self.0.refused_clients.newest(max)
     }
 
-    /// Ends the client's connection; its session and its will follow their own
-    /// rules. Returns once it has ended, false where it is not connected. Dropped before, it
-    /// ends all the same.
+    /// Ends the client's connection; its session and will follow their own rules. Returns when the
+    /// connection has ended, with false if the client was not connected. A dropped future ends the
+    /// connection all the same.
     pub async fn kick(&self, client_id: &str) -> bool {
         let session = self.0.sessions.get(client_id).filter(|session| session.presence().0.is_some());
         let Some(session) = session else { return false };
@@ -193,9 +195,8 @@ impl Clients {
         }
     }
 
-    /// Ends the client's session, with its connection if it has one: its subscriptions and
-    /// what waits for it are gone. Returns once that is durable, false where there is no session.
-    /// Dropped before, it goes on.
+    /// Ends the client's session and connection, and deletes its subscriptions and queued messages.
+    /// Returns when that is durable, with false if there is no session. A dropped future continues.
     pub async fn delete(&self, client_id: &str) -> bool {
         let (broker, client_id) = (self.0.clone(), client_id.to_owned());
         self.0.in_background(async move { broker.sessions.delete(&broker, &client_id).await }).await

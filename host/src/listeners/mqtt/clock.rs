@@ -1,12 +1,12 @@
-//! The broker's time: what sessions, queues and message expiry age by. It goes on evenly
-//! whatever the machine's clock does, which on a gateway without a clock battery begins
-//! anywhere and jumps by decades.
+//! The broker's time, by which sessions, queues and message expiry are aged. It advances evenly, even if
+//! the machine's clock jumps: on a gateway without a clock battery that clock starts anywhere and jumps
+//! by decades.
 //!
-//! It begins as the machine's wall clock says and then follows the monotonic one. Where the
-//! two come apart by more than [`JUMP_LEAST`] the wall clock has jumped: from there on wall
-//! times are converted by another difference. The differences are state of the broker's stream (`ck`),
-//! so that what was stamped before a jump keeps its age after a restart too. Time during
-//! which the host did not run counts where the clock was set before and after.
+//! Broker time starts at the machine's wall clock and then follows the monotonic clock. If the two
+//! differ by more than [`JUMP_LEAST`], the wall clock has jumped, and later wall times are converted
+//! with another difference. The differences are state of the broker's stream (`ck`), so that time stamps
+//! from before a jump keep their age, even after a restart. The time during which the host did not run
+//! counts if the clock was set both before and after.
 
 use std::sync::{PoisonError, RwLock};
 use std::time::Duration;
@@ -14,34 +14,34 @@ use std::time::Duration;
 use crate::stream::log::clock::{JUMP_LEAST, JUMP_MAX, SET_US as CLOCK_SET_US};
 pub use crate::stream::log::clock::{Source, system};
 
-/// Key of the broker stream's state.
+/// Key in the state of the broker's stream.
 pub const KEY: &[u8] = b"ck";
 const JUMP_LEAST_US: u64 = JUMP_LEAST.as_micros() as u64;
-/// The host was not off for longer, if the clock is right.
+/// Longest time for which the host is assumed to have been off, if the clock is right.
 const OFF_MAX_US: u64 = JUMP_MAX.as_micros() as u64;
-/// Jumps that are remembered.
+/// Number of jumps that are remembered.
 const JUMPS_MAX: usize = 16;
 const FORMAT: u8 = 1;
 
 pub struct Clock {
     source: Source,
-    /// Broker time less monotonic time.
+    /// Broker time minus monotonic time.
     base_us: u64,
-    /// The newest last, never empty.
+    /// Spans between jumps, the newest last, never empty.
     spans: RwLock<Vec<Span>>,
 }
 
-/// Between two jumps.
+/// Span between two jumps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Span {
-    /// Wall times.
+    /// Start and end in wall time.
     from_us: u64,
     to_us: u64,
-    /// Broker time less wall time.
+    /// Broker time minus wall time.
     ahead_us: i64,
 }
 
-/// By how much the wall clock jumped.
+/// A jump of the wall clock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Jump {
     pub is_forward: bool,
@@ -55,8 +55,9 @@ impl Jump {
 }
 
 impl Clock {
-    /// `saved`: what [`Clock::to_bytes`] gave in the last run. `newest_us`: the latest broker
-    /// time that is known of it. Tells where the wall clock does not go on from there.
+    /// Creates the clock. `saved` is the result of [`Clock::to_bytes`] in the last run, and `newest_us`
+    /// the latest broker time that is known of that run. Returns the jump if the wall clock does not
+    /// continue from there.
     pub fn new(source: Source, saved: Option<&[u8]>, newest_us: u64) -> (Self, Option<Jump>) {
         let (saved_us, mut spans) = saved.and_then(from_bytes).unwrap_or_default();
         let newest_us = newest_us.max(saved_us);
@@ -83,12 +84,12 @@ impl Clock {
         (Self { source, base_us: now_us.saturating_sub(monotonic_us), spans: RwLock::new(spans) }, jump)
     }
 
-    /// Broker time.
+    /// Returns the current broker time.
     pub fn now_us(&self) -> u64 {
         self.base_us.saturating_add((self.source)().1)
     }
 
-    /// The broker time of a wall time, which lies in the past.
+    /// Converts a wall time in the past to broker time.
     pub fn of_wall(&self, wall_us: u64) -> u64 {
         let spans = self.spans.read().unwrap_or_else(PoisonError::into_inner);
         let newest = spans.last().expect("never empty");
@@ -106,13 +107,13 @@ impl Clock {
         wall_us.saturating_add_signed(span.ahead_us)
     }
 
-    /// A broker time as the wall clock would show it now.
+    /// Converts a broker time to the wall time that the clock would show now.
     pub fn to_wall(&self, us: u64) -> u64 {
         let spans = self.spans.read().unwrap_or_else(PoisonError::into_inner);
         us.saturating_add_signed(spans.last().expect("never empty").ahead_us.saturating_neg())
     }
 
-    /// Compares the clocks. To be called before times are converted that were stamped just now.
+    /// Compares the clocks. Must be called before recent time stamps are converted.
     pub fn check(&self) -> Option<Jump> {
         let (wall_us, monotonic_us) = (self.source)();
         let ahead_us = difference(self.base_us.saturating_add(monotonic_us), wall_us);
@@ -134,7 +135,7 @@ impl Clock {
         Some(Jump::by(before.saturating_sub(ahead_us)))
     }
 
-    /// For the next run.
+    /// Encodes the clock for the next run.
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut bytes = vec![FORMAT];
         bytes.extend(self.now_us().to_be_bytes());
@@ -145,7 +146,7 @@ impl Clock {
     }
 }
 
-/// The last span ended, and the next begins.
+/// Ends the last span and begins the next one.
 fn push(spans: &mut Vec<Span>, ended_us: u64, next: Span) {
     if let Some(last) = spans.last_mut() {
         last.to_us = ended_us;

@@ -1,8 +1,7 @@
-//! One connection, one task: read, append, acknowledge, deliver, until it ends.
+//! The task of one connection: it reads, appends, acknowledges and delivers until the connection ends.
 //!
-//! Idle it holds no buffer: reads go into a buffer of the thread, and only a
-//! packet that is not whole is kept. There is one timer, for keep alive, and it
-//! is not touched by traffic.
+//! An idle connection holds no buffer: data is read into a buffer of the thread, and only incomplete
+//! packets are kept. The only timer is for keep alive, and traffic does not reset it.
 
 mod changing;
 mod delivering;
@@ -45,25 +44,27 @@ use crate::listeners::permits::{FREE_BYTES, Permit, TooSlow};
 use crate::listeners::transport::{self, Place, Remote, closing};
 use crate::threads::{SHORT_TURN, offer_core};
 
-/// One read takes at most this much.
+/// Most bytes of one read.
 const READ_BYTES_MAX: usize = 64 << 10;
-/// While what was read waits, this much is read on, for PINGREQ.
+/// Bytes that are read ahead for PINGREQ while earlier input waits.
 const STALLED_READ_BYTES_MAX: usize = 16 << 10;
 /// Bytes that are read of a connection whose client has come back by another one, before it ends.
 const LAST_BYTES_MAX: u32 = 256 << 10;
 /// What a read counts as beside its bytes: a frame of a WebSocket, or a record of TLS, may hold few.
 const LAST_READ_BYTES: u32 = 64;
-/// Deliveries are added to the write buffer up to this size.
+/// Size of the write buffer up to which deliveries are added.
 const WRITE_BYTES_MAX: usize = 64 << 10;
-/// Size up to which deliveries are added where the memory of all connections is used up.
+/// Size of the write buffer up to which deliveries are added when the memory of all connections is used
+/// up.
 const WRITE_BYTES_LEAST: usize = 4 << 10;
-/// With this much unwritten the client is not read: it does not read us.
+/// Unwritten bytes at which the client's socket is no longer read, because the client does not read
+/// either.
 const WRITE_PAUSE_BYTES: usize = 256 << 10;
-/// Where there is no keep alive the timer sleeps so long.
+/// Duration of the timer if there is no keep alive.
 const FOREVER: Duration = Duration::from_secs(365 * 24 * 3_600);
 
 thread_local! {
-    /// What the last read of this thread gave. Taken out before the next await.
+    /// Data of this thread's last read. It is taken before the next await.
     static READ: RefCell<Box<[u8]>> = RefCell::new(vec![0; READ_BYTES_MAX].into());
 }
 
@@ -72,34 +73,35 @@ struct Connection<'b, S> {
     io: S,
     session: Arc<Session>,
     peer: Peer,
-    /// Where CONNECT named an authentication method.
+    /// Re-authentication, if CONNECT named an authentication method.
     auth: Option<Box<Again>>,
     aliases: Aliases,
     inbound: Inbound,
-    /// The SUBSCRIBE or UNSUBSCRIBE that is under way.
+    /// The SUBSCRIBE or UNSUBSCRIBE that is being processed.
     changing: Option<Box<Changing>>,
-    /// What the client leaves behind.
+    /// The will of the client.
     will: Option<Box<Will>>,
     is_bridge: bool,
     tells_reasons: bool,
-    /// A packet that is not whole, or what waits for room.
+    /// An incomplete packet, or input that waits for room.
     input: BytesMut,
     stopped_at: Next,
-    /// Where the packet at the front of the input has not come whole, and is large.
+    /// Permit for the large incomplete packet at the front of the input.
     partial: Option<Box<Permit>>,
     out: BytesMut,
-    /// So much of `out`, from its front, is in the metrics.
+    /// Number of bytes at the front of `out` that are counted in the metrics.
     counted: usize,
     acks_waiting: Part<'b>,
     last_read: Instant,
     keep_alive: Option<Duration>,
-    /// What keeps deliveries back.
+    /// What deliveries wait for.
     outward: Option<Box<Outward>>,
-    /// The host stops: nothing more is read, waiting acks may go out until then.
+    /// Set when the host stops: nothing more is read, and pending acknowledgements may be sent until
+    /// this time.
     drain_until: Option<Instant>,
-    /// The client has left. What it sent before is still taken in.
+    /// Whether the client has disconnected. Its earlier packets are still processed.
     has_left: bool,
-    /// What is left of [`LAST_BYTES_MAX`].
+    /// The rest of [`LAST_BYTES_MAX`].
     last_bytes: u32,
 }
 
@@ -109,9 +111,9 @@ enum Io {
     Lost,
 }
 
-/// Serves one client from CONNECT to its end. Its future is a connection's
-/// memory: all but the idle state is boxed, so that it holds room only meanwhile.
-/// `place`: of `connections_max`; a will that waits holds none.
+/// Serves one client from CONNECT to its end. The size of this future is the memory of a connection:
+/// everything but the idle state is boxed, so that it takes memory only while it is used. `place` counts
+/// for `connections_max`; a pending will holds none.
 pub async fn serve<S>(broker: Arc<Broker>, io: S, remote: Remote, mut place: Place)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send,
@@ -124,7 +126,8 @@ where
     Box::pin(connection.leave(end, &remote, place, leaving)).await;
 }
 
-/// CONNECT, and what its CONNACK promises. `None`: there is no connection, which is said.
+/// Handles CONNECT, and makes durable what its CONNACK promises. Returns `None` if the client is
+/// refused, which is reported.
 async fn open<'b, S>(
     broker: &'b Arc<Broker>,
     mut io: S,
@@ -291,7 +294,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         }
     }
 
-    /// Everything that can be done without waiting.
+    /// Does everything that can be done without waiting.
     async fn work(&mut self) -> Result<(), End> {
         if self.changing.is_some() {
             self.inbound.hold(!self.answers_first());
@@ -331,24 +334,24 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         Ok(())
     }
 
-    /// Whether what waits to be taken in will be soon.
+    /// Returns whether the waiting input will be processed soon.
     fn waits_briefly(&self) -> bool {
         self.answers_first() || self.inbound.is_asking()
     }
 
-    /// Whether deliveries wait for a SUBACK, as most clients expect. Not while the broker's stream
-    /// has no room for the change: that may take hours.
+    /// Returns whether deliveries wait for a SUBACK, as most clients expect. They do not wait while the
+    /// broker's stream has no room for the change, which may take hours.
     fn answers_first(&self) -> bool {
         self.changing.is_some() && !self.session.outbox().is_note_refused()
     }
 
-    /// Counts the buffers. A packet that has not come whole has its own budget.
+    /// Counts the memory of the buffers. An incomplete packet has a budget of its own.
     fn count_memory(&mut self) {
         let input = if self.partial.is_none() { self.input.capacity() } else { 0 };
         self.inbound.memory.set_buffers(input + self.out.capacity());
     }
 
-    /// Bytes straight from the read buffer: only what is left over is copied.
+    /// Processes bytes in the read buffer, and copies only the rest into the input.
     fn take_fresh(&mut self, fresh: &[u8]) -> Result<(), End> {
         let mut used = 0;
         if self.input.is_empty() {
@@ -447,7 +450,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         io
     }
 
-    /// Whether [`Self::woken`] has something to say.
+    /// Returns whether [`Self::woken`] has something to do.
     fn is_called(&self) -> bool {
         self.session.kicked.load(Ordering::Acquire)
             || self.session.is_wanted()
@@ -474,8 +477,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         Ok(())
     }
 
-    /// Keep alive is 1.5 times what the client said (MQTT 5.0, 3.1.2.10). A
-    /// client that we do not read is not held to it.
+    /// Checks keep alive, which is 1.5 times the client's interval (MQTT 5.0, 3.1.2.10). It does not
+    /// apply while the client's socket is not read.
     fn timer_fired(&mut self, mut timer: Pin<&mut Sleep>) -> Result<(), End> {
         if self.drain_until.is_some() {
             return Err(End::Shutdown);
@@ -493,7 +496,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         Ok(())
     }
 
-    /// Whether there is room for what the client sends.
+    /// Returns whether there is room for the client's input.
     fn has_room(&self) -> bool {
         let is_full = self.stopped_at == Next::Room && self.input.len() >= STALLED_READ_BYTES_MAX;
         !is_full && self.partial.as_ref().is_none_or(|permit| permit.is_given())
@@ -511,25 +514,25 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
 
 enum Event {
     Io(Io),
-    /// There is a permit for a large packet, or it does not come.
+    /// A permit for a large packet was given, or the client makes too little progress.
     Partial(Result<(), TooSlow>),
     Durable(Result<(), super::acks::Stopped>),
     Writable,
     Outward(Moved),
-    /// What the client sent too fast is paid for.
+    /// The client may publish again after it exceeded its rate.
     Paid,
     /// The access plugin has answered.
     Answered,
-    /// A SUBSCRIBE or UNSUBSCRIBE is done.
+    /// A SUBSCRIBE or UNSUBSCRIBE is complete.
     Changed(Result<Box<Packet>, Stopped>),
-    /// What the client says to authenticate again was looked at.
+    /// The check of the client's re-authentication is complete.
     Looked(Box<Looked>),
     AuthDeadline,
     Wake,
     Timer,
 }
 
-/// Writes what there is, and reads at most `read_max` into the thread's buffer.
+/// Writes pending bytes, and reads at most `read_max` bytes into the thread's buffer.
 fn poll_io<S: AsyncRead + AsyncWrite + Unpin>(
     io: &mut S,
     out: &mut BytesMut,

@@ -1,15 +1,14 @@
-//! What retention takes from the streams while sessions still wait for it.
+//! Copies of messages that retention would remove while sessions still wait for them.
 //!
-//! Retention asks before it removes messages ([`OnLag::Ask`]). What a session
-//! that outlives its connection waits for is then appended to the broker's
-//! stream, once for all of them, and synced; only then may the segment go. A
-//! session's references stay as they are: a copy is found by the place that
-//! its message had. After a restart the live delivery goes through the copies
-//! first, as if they still lay in their stream.
+//! Retention asks before it removes messages ([`OnLag::Ask`]). Messages for which a persistent session
+//! waits are then appended to the broker's stream, once for all sessions, and synced. Only then may the
+//! segment be removed. A session's references stay as they are: a copy is found by the original place of
+//! its message. After a restart live delivery reads the copies first, as if they were still in their
+//! stream.
 //!
-//! The broker's stream is kept small the same way: before its oldest segment
-//! goes, the copies in it that a session still waits for are appended again.
-//! All others end with the segment.
+//! The broker's stream is kept small in the same way: before its oldest segment is removed, the copies
+//! in it for which a session still waits are appended again. All other copies are removed with the
+//! segment.
 
 #[cfg(test)]
 mod tests;
@@ -31,34 +30,36 @@ use crate::stream::{AppendError, Attachment, Identity, NewMessage, OnLag, Read, 
 
 /// Name of the reader that retention asks.
 pub const READER: &str = "mqtt-queues";
-/// Of the broker stream's state: `co` + stream, what was waited for below the
-/// offset has been copied, or counted as lost.
+/// Key in the state of the broker's stream: `co` + stream. Messages below the stored offset for which
+/// sessions waited have been copied, or counted as lost.
 const HANDLED: &[u8] = b"co";
-/// The same: `cv` + stream, which copies are of messages that the stream does not have any more,
-/// 16 bytes each: from which offset in the stream, and below which in the broker's.
+/// Key in the state of the broker's stream: `cv` + stream. Lists the copies whose messages the stream no
+/// longer has, 16 bytes each: the first such offset in the stream, and the offset in the broker's stream
+/// below which the copies lie.
 const VOID: &[u8] = b"cv";
-/// Each is from a start on a stream that had lost messages, and goes with a segment of the broker's.
+/// Most entries. Each comes from a start on a stream that had lost messages, and is removed with a
+/// segment of the broker's stream.
 const VOID_MAX: usize = 1_024;
-/// Copied in one append, whose sync is awaited.
+/// Bytes of copies in one append, which is then synced.
 const CHUNK_BYTES: usize = 256 << 10;
 const CHUNK_BATCHES: usize = 64;
-/// Offsets that are looked at together.
+/// Number of offsets that are examined together.
 const SLICE_OFFSETS: u64 = 1 << 18;
-/// Copies that are delivered together after a restart.
+/// Number of copies that are delivered together after a restart.
 const REPLAY_MESSAGES: usize = 256;
 const REPLAY_BYTES: u64 = 4 << 20;
-/// Between two looks at what tells nobody that it changed.
+/// Interval of checks for changes without a notification.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 pub struct Copies {
-    /// The broker's.
+    /// The broker's stream.
     stream: Arc<dyn Stream>,
     identities: Arc<[Identity]>,
     bytes_max: u64,
     index: Mutex<Index>,
-    /// One at a time looks at all sessions.
+    /// Held by the thread that examines all sessions.
     looking: Mutex<()>,
-    /// By stream, and the broker's own last.
+    /// Retention's readers by stream, the last for the broker's own.
     readers: Box<[Box<dyn Attachment>]>,
 }
 
@@ -70,7 +71,7 @@ struct Index {
 }
 
 struct Copy {
-    /// In the broker's stream.
+    /// Offset in the broker's stream.
     offset: u64,
     len: u32,
     wanted: Wanted,
@@ -80,7 +81,7 @@ struct Copy {
 enum Wanted {
     No,
     Waits,
-    /// It may have been sent: no expiry ends it any more.
+    /// The message may have been sent, so it no longer expires.
     Begun,
 }
 
@@ -90,17 +91,17 @@ impl Wanted {
     }
 }
 
-/// Copies of one stream's messages.
+/// Copies of messages of one stream.
 pub struct Page {
-    /// By offset in that stream.
+    /// The copies, by offset in that stream.
     pub found: Vec<(u64, Found)>,
-    /// Copies that cannot be read any more.
+    /// Number of copies that can no longer be read.
     pub lost: u64,
-    /// Where the next page begins.
+    /// Start of the next page.
     pub next: u64,
 }
 
-/// A message somewhere in a batch.
+/// A message: a batch and an index in it.
 pub type Found = (Batch, usize);
 
 impl Copies {
@@ -128,7 +129,7 @@ impl Copies {
         }
     }
 
-    /// Finds the copies that the last run left. Before anybody is served.
+    /// Finds the copies that the last run left. Called before clients are served.
     pub async fn load(&self, lineages: &mut Lineages) -> Result<(), Arc<str>> {
         let bounds = self.stream.bounds();
         let known: Vec<Void> =
@@ -166,7 +167,7 @@ impl Copies {
         Ok(())
     }
 
-    /// Copies that are kept, and their bytes.
+    /// Returns the number of copies and their bytes.
     pub fn sizes(&self) -> (usize, u64) {
         let index = self.index();
         (index.copies.len(), index.bytes)
@@ -180,7 +181,7 @@ impl Copies {
         in_order(Rank::Last, || lock(&self.index))
     }
 
-    /// As which device a copy is written.
+    /// Returns the device name under which a copy is written.
     fn name(&self, place: Place) -> String {
         let Identity { log, generation, .. } = &self.identities[usize::from(place.stream)];
         format!("{}/{generation}/{}", log.simple(), place.offset)
@@ -195,8 +196,8 @@ impl Copies {
         Some(Place { stream, offset: offset.parse().ok()? })
     }
 
-    /// Appends copies, a change with the last of them, and waits for their sync; those
-    /// that are too large for it are returned.
+    /// Appends copies, with `change` in the last append, and waits for the sync. Returns those that are
+    /// too large.
     async fn append(
         &self,
         chunk: &mut Vec<(Place, Found)>,
@@ -260,12 +261,12 @@ impl Copies {
         (handled_key(&self.identities[stream]), Some(upto.to_be_bytes().into()))
     }
 
-    /// How many messages of a range were neither copied nor counted as lost.
+    /// Returns how many messages of a range were neither copied nor counted as lost.
     pub fn not_handled(&self, stream: usize, range: &Range<u64>) -> u64 {
         range.end.saturating_sub(self.index().handled[stream].max(range.start))
     }
 
-    /// The next copies of messages of a stream out of `range`.
+    /// Returns the next copies of messages of a stream in `range`.
     pub async fn page(&self, stream: usize, range: Range<u64>) -> Result<Page, Arc<str>> {
         let place = |offset| Place { stream: stream as u16, offset };
         let mut picks = CopyPicks::default();
@@ -292,8 +293,8 @@ impl Copies {
     }
 }
 
-/// Copies of messages that a stream has lost: of offsets in the stream from the first number on,
-/// below the second in the broker's stream.
+/// Copies of messages that a stream has lost: pairs of the first lost offset in the stream and the end
+/// of the copies in the broker's stream.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Void(Vec<(u64, u64)>);
 
@@ -312,7 +313,7 @@ impl Void {
         self.0.iter().any(|(from, below)| offset >= *from && copy < *below)
     }
 
-    /// All copies that the broker's stream has within `bounds` are void from this offset on.
+    /// Marks all copies in the part `bounds` of the broker's stream as void from this offset on.
     fn add(&mut self, from: u64, bounds: &Range<Offset>) {
         // What they say is gone with its segment, or is in what is said now.
         self.0.retain(|(known, below)| *below > bounds.start.0 && *known < from);
@@ -350,7 +351,7 @@ impl CopyPicks {
         self.picks.is_empty()
     }
 
-    /// False where there is no copy.
+    /// Adds a copy. Returns false if there is none.
     pub fn add(&mut self, copies: &Copies, place: Place) -> bool {
         let Some(offset) = copies.find(place) else { return false };
         self.picks.add(offset);
@@ -358,8 +359,8 @@ impl CopyPicks {
         true
     }
 
-    /// The next of them, in any order, `None` for one that is no more; `None` when all were read.
-    /// Safe to drop and to call again.
+    /// Returns the next copies, in any order, with `None` for one that is lost; returns `None` when all
+    /// were read. Cancel safe, and can be called again.
     pub async fn next(&mut self, copies: &Copies) -> Result<Option<Vec<(Place, Option<Found>)>>, Arc<str>> {
         let Some(picked) = self.picks.next(&*copies.stream).await? else { return Ok(None) };
         let mut found = Vec::new();
@@ -380,7 +381,7 @@ impl CopyPicks {
     }
 }
 
-/// Answers retention of one stream, or behind the last of the broker's own.
+/// Answers retention of one stream, or, with the last number, of the broker's own.
 pub async fn run(broker: Arc<Broker>, number: usize) {
     let mut asked = broker.copies.readers[number].asked();
     let mut done = 0;
@@ -405,7 +406,7 @@ pub async fn run(broker: Arc<Broker>, number: usize) {
     }
 }
 
-/// Copies what sessions wait for in a range.
+/// Copies the messages in a range for which sessions wait.
 async fn save(broker: &Arc<Broker>, number: usize, range: Range<u64>) -> Result<(), Stopped> {
     // What the live delivery has yet to offer, nobody waits for yet.
     while broker.live.positions(&broker.streams)[number] < range.end {
@@ -427,14 +428,14 @@ async fn save(broker: &Arc<Broker>, number: usize, range: Range<u64>) -> Result<
     Ok(())
 }
 
-/// Durable where there is room: only what is counted after a crash depends on it.
+/// Appends a change without waiting for room, because only counters after a crash depend on it.
 async fn handled(stream: &dyn Stream, change: Change) -> Result<(), Stopped> {
     let Ok(appended) = stream.append(&[], &borrowed(&[change])) else { return Ok(()) };
     let mut durable = stream.durable();
     durable.wait_for(|durable| *durable >= appended.ticket).await.map(drop).map_err(|_| Stopped)
 }
 
-/// Messages of one stream, by offset, that have no copy yet.
+/// Copies messages of one stream, by offset, that have no copy yet.
 async fn copy(broker: &Arc<Broker>, number: usize, wanted: BTreeMap<u64, Wanted>) -> Result<(), Stopped> {
     let (copies, stream) = (&broker.copies, &*broker.streams[number]);
     let mut picks = Picks::default();
@@ -488,8 +489,8 @@ async fn copy(broker: &Arc<Broker>, number: usize, wanted: BTreeMap<u64, Wanted>
     Ok(())
 }
 
-/// Makes the sessions forget messages that retention takes from a stream and that have no copy.
-/// Counts and reports them.
+/// Makes the sessions forget messages that retention removes and that have no copy. Counts and reports
+/// them.
 async fn give_up(broker: &Arc<Broker>, stream: &str, lost: BTreeSet<Place>) {
     let lost = forget(broker, lost).await;
     if lost > 0 {
@@ -500,7 +501,7 @@ async fn give_up(broker: &Arc<Broker>, stream: &str, lost: BTreeSet<Place>) {
     }
 }
 
-/// Makes the sessions forget what is no more; how many deliveries that were.
+/// Makes the sessions forget lost messages. Returns the number of lost deliveries.
 async fn forget(broker: &Arc<Broker>, gone: BTreeSet<Place>) -> u64 {
     if gone.is_empty() {
         return 0;
@@ -510,14 +511,14 @@ async fn forget(broker: &Arc<Broker>, gone: BTreeSet<Place>) -> u64 {
     blocking(move || broker.sessions.all().iter().map(|session| forget_in(session, &is_gone)).sum()).await
 }
 
-/// Counts what a session waits for no more.
+/// Makes one session forget lost messages, and counts them.
 fn forget_in(session: &Session, is_gone: &dyn Fn(Place) -> bool) -> u64 {
     let lost = session.outbox().forget(is_gone);
     session.activity().gone(lost);
     lost
 }
 
-/// Appends again what is still wanted of the copies below `upto`, and frees all others.
+/// Appends the copies below `upto` that are still needed again, and frees all others.
 async fn renew(broker: &Arc<Broker>, upto: u64) -> Result<(), Stopped> {
     let copies = &broker.copies;
     let looked = broker.clone();
@@ -566,8 +567,8 @@ async fn renew(broker: &Arc<Broker>, upto: u64) -> Result<(), Stopped> {
 }
 
 impl Copies {
-    /// What sessions wait for in a range of a stream and has no copy; and
-    /// whether there is a session that could.
+    /// Returns the messages in a range of a stream for which sessions wait and that have no copy, and
+    /// whether there is a persistent session.
     fn wanted(&self, broker: &Broker, number: usize, range: Range<u64>) -> (bool, BTreeMap<u64, Wanted>) {
         let _one_at_a_time = in_order(Rank::Looking, || lock(&self.looking));
         let mut wanted = BTreeMap::new();
@@ -586,7 +587,7 @@ impl Copies {
         (any, wanted)
     }
 
-    /// Forgets copies that nobody waits for any more.
+    /// Forgets copies for which no session waits.
     fn free(&self, broker: &Broker) {
         let _one_at_a_time = in_order(Rank::Looking, || lock(&self.looking));
         let positions = broker.live.positions(&broker.streams);
@@ -608,9 +609,9 @@ impl Copies {
     }
 }
 
-/// Shows what each session that outlives its connection waits for, and whether
-/// it was begun; false where there is no such session. Sees also what moves
-/// from one session to another meanwhile.
+/// Passes to `see` the messages for which each persistent session waits, and whether their sending had
+/// begun. Returns false if there is no persistent session. Messages that move between sessions meanwhile
+/// are seen too.
 fn look(broker: &Broker, mut see: impl FnMut(&[(Place, bool)])) -> bool {
     let age_us = u64::try_from(broker.config.queue_age_max.0.as_micros()).unwrap_or(u64::MAX);
     let oldest_us = broker.clock.now_us().saturating_sub(age_us);
@@ -638,7 +639,7 @@ fn is_expired(broker: &Broker, message: MessageRef<'_>) -> bool {
     Message::of(message).lifetime(&broker.clock).is_none()
 }
 
-/// For the bound in bytes.
+/// Returns the size of a message for the bound in bytes.
 fn len_of(message: MessageRef<'_>) -> u32 {
     Message::len_of(message)
 }

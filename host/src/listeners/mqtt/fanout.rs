@@ -1,14 +1,13 @@
-//! Live delivery: one task per stream follows its durable tail and hands each
-//! message to the subscribers whose filters match.
+//! Live delivery: one task for each stream follows its durable tail and offers each message to the
+//! subscribers whose filters match.
 //!
-//! With nobody subscribed the tasks sleep and the streams are not read. A
-//! subscriber gets a retained message from memory only where the task has
-//! already passed it, decided under one lock, so that it comes exactly once.
+//! Without subscribers the tasks sleep and the streams are not read. A subscriber receives a retained
+//! message from memory only if the task has already passed it. This is decided under one lock, so that
+//! each message is delivered exactly once.
 //!
-//! After a restart the delivery begins at the stream's end. Sessions that had not been
-//! given all before it catch up in lanes of their own ([`Lane`]), those that are nearest
-//! first, and join the delivery where it is then: what waits for one client delays nobody
-//! else's messages.
+//! After a restart delivery begins at the end of the stream. Sessions that had not been offered all
+//! earlier messages catch up in lanes of their own ([`Lane`]), the nearest first, and then join live
+//! delivery. So messages that wait for one client delay no other client.
 
 mod lanes;
 mod one_member;
@@ -45,41 +44,41 @@ pub use self::pass_on::Departure;
 pub use self::share_records::{FoundRecords, RECORDS_AT_ONCE};
 pub use self::wakes::Wakes;
 
-/// No message of this stream is delivered now.
+/// Position of a stream of which no messages are delivered now.
 const IDLE: u64 = u64::MAX;
-/// After a read that failed.
+/// Pause after a failed read.
 const READ_RETRY_AFTER: Duration = Duration::from_secs(1);
-/// Messages and copies of them that are handed out in one go, in which this thread
-/// serves no connection, and nobody may subscribe.
+/// Most messages and copies of them that are handed out without a break. Meanwhile this thread serves no
+/// connection, and no client can subscribe.
 const HANDED_OUT_MAX: usize = 1_024;
-/// From so many on it ends early where that takes long: into queues that are long
-/// and in no cache.
+/// Number of messages after which a run ends early if it takes long, because the queues are long and in
+/// no CPU cache.
 const HANDED_OUT_LEAST: usize = 256;
 const HANDED_OUT_TIME: Duration = Duration::from_micros(100);
-/// Filters that are put in or taken out in one go, while nothing is delivered.
+/// Filters that are added or removed without a break, while nothing is delivered.
 pub const FILTERS_AT_ONCE: usize = 32;
 
 pub struct Live {
     index: RwLock<Index>,
     streams: Vec<Tail>,
-    /// All of them.
+    /// Number of all subscriptions.
     subscriptions: AtomicUsize,
-    /// Those below `$`.
+    /// Number of subscriptions below `$`.
     dollar: AtomicUsize,
-    /// Subscriptions with No Local: publishers then store who they are.
+    /// Number of subscriptions with No Local, which require messages to name their publisher.
     no_local: AtomicUsize,
     limits: QueueLimits,
-    /// Lanes that have not caught up, of all streams.
+    /// Number of lanes that have not caught up, of all streams.
     lanes: AtomicUsize,
-    /// Number of clients that have connected, and one: see [`Share::is_deserted`].
+    /// Number of clients that have connected, plus one: see [`Share::is_deserted`].
     arrivals: AtomicU64,
-    /// Read while messages move between the members of shares, written while none does and nobody joins
-    /// a share.
+    /// Held for reading while messages move between members of shares, and for writing while none may
+    /// move and no session may join a share.
     passed: RwLock<Passed>,
 }
 
 struct Passed {
-    /// While somebody looks at all sessions: what moved from one to another.
+    /// While all sessions are being examined: the messages that moved between sessions.
     seen: Option<Mutex<BTreeSet<Place>>>,
     shares: ShareRecords,
 }
@@ -87,22 +86,22 @@ struct Passed {
 #[derive(Default)]
 struct Index {
     tree: Tree,
-    /// Subscriptions that messages of streams can match.
+    /// Number of subscriptions that messages of streams can match.
     live: usize,
 }
 
 struct Tail {
-    /// The stream's end when the host started.
+    /// End of the stream when the host started.
     begun_at: u64,
-    /// Offset of the next message to be delivered, or `IDLE`. Changes to and
-    /// from `IDLE` under the index's write lock, moves under its read lock.
+    /// Offset of the next message to deliver, or `IDLE`. It changes to and from `IDLE` under the index's
+    /// write lock, and advances under its read lock.
     position: AtomicU64,
     start: Notify,
-    /// The nearest first. A session knows its lane by number, from 1 on.
+    /// Lanes, the nearest first. A session refers to its lane by number, from 1.
     lanes: Box<[Lane]>,
 }
 
-/// How a SUBSCRIBE wants retained messages (MQTT 5.0, 3.8.3.1).
+/// Which retained messages a SUBSCRIBE requests (MQTT 5.0, 3.8.3.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SendRetained {
     Always,
@@ -110,7 +109,7 @@ pub enum SendRetained {
     Never,
 }
 
-/// A filter that a client subscribes to.
+/// A filter to which a client subscribes.
 pub struct Subscription {
     pub filter: Filter,
     pub options: Options,
@@ -118,7 +117,7 @@ pub struct Subscription {
 }
 
 impl Live {
-    /// `sessions`, `shares`: of the last run.
+    /// Creates live delivery with the `sessions` and `shares` of the last run.
     pub fn new(
         streams: &[Arc<dyn Stream>],
         limits: QueueLimits,
@@ -157,7 +156,7 @@ impl Live {
         in_order(Rank::Subscriptions, || self.index.write().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Whether messages need to name their publisher.
+    /// Returns whether messages must name their publisher.
     #[inline]
     pub fn wants_publisher(&self) -> bool {
         self.no_local.load(Ordering::Relaxed) > 0
@@ -167,7 +166,7 @@ impl Live {
         self.dollar.load(Ordering::Relaxed) > 0
     }
 
-    /// By stream: all messages below have been offered to all sessions.
+    /// Returns a position for each stream: all earlier messages have been offered to all sessions.
     pub fn positions(&self, streams: &[Arc<dyn Stream>]) -> Box<[u64]> {
         let position = |(stream, tail): (&Arc<dyn Stream>, &Tail)| {
             // Read first: one that joins the live delivery meanwhile does so no earlier.
@@ -177,7 +176,7 @@ impl Live {
         streams.iter().zip(&self.streams).map(position).collect()
     }
 
-    /// By stream: all messages below have been offered to this session.
+    /// Returns a position for each stream: all earlier messages have been offered to this session.
     pub fn positions_of(&self, broker: &Broker, session: &Session) -> Box<[u64]> {
         let position = |(number, stream): (usize, &Arc<dyn Stream>)| {
             let tail = &self.streams[number];
@@ -188,8 +187,8 @@ impl Live {
         broker.streams.iter().enumerate().map(position).collect()
     }
 
-    /// Returns a position for each stream: all messages below have been offered to those that came since
-    /// the host started.
+    /// Returns a position for each stream: all earlier messages have been offered to the sessions that
+    /// were created since the host started.
     fn live_positions(&self, broker: &Broker) -> Box<[u64]> {
         broker.streams.iter().zip(&self.streams).map(|(stream, tail)| tail.live_position(&**stream)).collect()
     }
@@ -198,8 +197,8 @@ impl Live {
         self.subscriptions.load(Ordering::Relaxed)
     }
 
-    /// Subscribes, and queues the retained messages that match. The more at once, the
-    /// less often it waits for the live delivery, and the longer that waits for it.
+    /// Subscribes, and queues the matching retained messages. With more subscriptions in one call, it
+    /// waits for live delivery less often, and live delivery waits longer for it.
     pub fn subscribe(&self, broker: &Broker, session: &Arc<Session>, subscriptions: &[Subscription]) {
         let mut joining = self.join_shares(broker, session, subscriptions);
         let mut index = self.index_to_change();
@@ -216,7 +215,8 @@ impl Live {
         }
     }
 
-    /// True where it wants what is retained; that of streams it is to be given.
+    /// Adds a subscription. Returns whether retained messages were requested; those of streams are then
+    /// to be delivered.
     fn put_in(
         &self,
         broker: &Broker,
@@ -269,13 +269,13 @@ impl Live {
         true
     }
 
-    /// The client of a session is there: its outbox may be sent.
+    /// Marks the client of a session as connected, so that its outbox may be sent.
     pub fn resume(&self, session: &Session) {
         session.outbox().resume();
         self.arrivals.fetch_add(1, Ordering::AcqRel);
     }
 
-    /// True when the session had this filter.
+    /// Unsubscribes a filter. Returns whether the session had it.
     pub async fn unsubscribe(&self, broker: &Broker, session: &Arc<Session>, filter: &str) -> bool {
         let had = {
             let mut leaving = self.leave_shares(session, [filter]);
@@ -295,8 +295,8 @@ impl Live {
         had
     }
 
-    /// Unsubscribes a session that ends from all of its `filters`; what it held of
-    /// shares is still to be passed on.
+    /// Unsubscribes an ending session from all of its `filters`. Messages that it holds of shares are
+    /// still to be passed on.
     pub fn forget(&self, session: &Arc<Session>, filters: &[Box<str>]) {
         for some in filters.chunks(FILTERS_AT_ONCE) {
             let mut leaving = self.leave_shares(session, some.iter().map(|filter| &**filter));
@@ -307,8 +307,8 @@ impl Live {
         }
     }
 
-    /// Nothing moves between the members of shares until the guard is dropped, where the session leaves a
-    /// share by which it was still to be offered something.
+    /// If the session leaves a share of which it was still to be offered messages, returns a guard,
+    /// while which no message moves between members of shares.
     fn leave_shares<'f>(
         &self,
         session: &Session,
@@ -318,7 +318,7 @@ impl Live {
         is_owed.then(|| self.passed_to_change())
     }
 
-    /// True when the session had this filter.
+    /// Removes a filter from the index. Returns whether the session had it.
     fn leave(
         &self,
         passed: Option<&mut Passed>,
@@ -333,7 +333,7 @@ impl Live {
         before.is_some()
     }
 
-    /// Returns what the session had this filter with.
+    /// Removes a filter from the index. Returns the options with which the session had subscribed.
     fn take_out(&self, index: &mut Index, session: &Session, filter: &str) -> Option<Options> {
         let options = index.tree.remove(filter, session.number)?;
         self.subscriptions.fetch_sub(1, Ordering::Relaxed);
@@ -346,7 +346,7 @@ impl Live {
         Some(options)
     }
 
-    /// A message that lies in no stream: `$SYS`.
+    /// Publishes a message that is in no stream, such as `$SYS`.
     pub fn publish(&self, broker: &Broker, message: &Arc<Message>) {
         let index = self.index();
         let (mut found, mut path) = (Met::default(), Path::default());
@@ -355,8 +355,8 @@ impl Live {
         self.deliver(&mut found, None, &sent, None, &mut Wakes::new(broker));
     }
 
-    /// Hands out the messages of a batch from number `first`, no more than
-    /// [`HANDED_OUT_MAX`], to the sessions of a lane; the number of the next.
+    /// Offers messages of a batch, from index `first` and at most [`HANDED_OUT_MAX`], to the sessions of
+    /// a lane. Returns the index of the next message.
     pub fn deliver_some(
         &self,
         broker: &Broker,
@@ -371,7 +371,7 @@ impl Live {
         first + self.deliver_first(broker, stream, lane, messages, wakes)
     }
 
-    /// The first of some messages of a stream, with their offsets there; how many.
+    /// Offers the first of some messages of a stream, with their offsets. Returns how many.
     fn deliver_first<'m>(
         &self,
         broker: &Broker,
@@ -422,9 +422,9 @@ impl Live {
         count
     }
 
-    /// One copy per session, however many of its filters match: the greatest
-    /// QoS and all identifiers (MQTT 5.0, 3.3.4); and one copy per share. Empties `found`.
-    /// `owing`: of a lane.
+    /// Delivers one copy to each session, however many of its filters match, with the highest QoS and
+    /// all identifiers (MQTT 5.0, 3.3.4), and one copy to each share. Empties `found`. `owing` belongs
+    /// to a lane.
     fn deliver(
         &self,
         found: &mut Met<'_>,
@@ -462,7 +462,7 @@ impl Live {
     }
 }
 
-/// Delivers one stream's messages while anybody subscribes; ends at shutdown.
+/// Delivers messages of one stream while there are subscribers. Ends at shutdown.
 pub async fn run(broker: Arc<Broker>, number: usize) {
     let tail = &broker.live.streams[number];
     loop {
@@ -496,14 +496,14 @@ impl Tail {
     }
 }
 
-/// Moves a lane past messages that cannot be delivered, of which `count` are counted as a gap.
+/// Advances a lane past messages that cannot be delivered, of which `count` are counted as a gap.
 fn missed(broker: &Broker, number: usize, lane: u8, count: u64, range: std::ops::Range<u64>) {
     broker.counters.gap.increment(count);
     let _index = broker.live.index();
     broker.live.streams[number].position(lane).store(range.end, Ordering::Release);
 }
 
-/// What retention took while sessions waited for it, out of copies.
+/// Delivers copies of messages that retention removed while sessions waited for them.
 async fn replay(
     broker: &Broker,
     number: usize,
@@ -534,7 +534,7 @@ async fn replay(
     Ok(())
 }
 
-/// Until nobody subscribes, or the stream ends; a lane until it has caught up.
+/// Delivers until there are no subscribers or the stream ends; a lane delivers until it has caught up.
 async fn follow(broker: &Broker, number: usize, lane: u8) {
     let (stream, tail) = (&*broker.streams[number], &broker.live.streams[number]);
     let from = tail.position(lane).load(Ordering::Relaxed);

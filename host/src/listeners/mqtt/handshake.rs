@@ -1,5 +1,5 @@
-//! CONNECT to CONNACK: checks what the client asks for ([`connect`] reads it),
-//! lets it prove who it is, takes its session over from an older connection, and answers only once a
+//! The handshake from CONNECT to CONNACK. It checks the client's requests ([`connect`] parses them),
+//! authenticates the client, takes its session over from an older connection, and answers only once a
 //! persistent session is durable.
 
 mod connect;
@@ -33,32 +33,35 @@ use crate::topic;
 
 pub use self::connect::first_packet_bytes_max;
 
-/// Without the length of the one at hand: what a client sends is no part of a kind of failures.
+/// Failure text without the actual length, because data that a client sends must not be part of a kind
+/// of failure.
 const CLIENT_ID_TOO_LONG: &str = "a client id of more than 512 bytes";
 const USER_NAME_TOO_LONG: &str = "a user name of more than 1024 bytes";
 const _: () = assert!(CLIENT_ID_BYTES_MAX == 512 && USER_NAME_BYTES_MAX == 1_024);
 
-/// A client whose CONNACK is in `answer`, not yet sent.
+/// A client whose CONNACK is in `answer`, and not sent yet.
 pub struct Opened {
     pub session: Arc<Session>,
     pub turn: Turn,
     pub peer: Peer,
     pub aliases: Aliases,
     pub keep_alive_s: u16,
-    /// Another broker: it hears nothing of what it published itself, and sees RETAIN as it was published.
+    /// Whether the client is another broker, which does not receive its own messages and receives RETAIN
+    /// as it was published.
     pub is_bridge: bool,
-    /// Acks of its packets may say why it is refused.
+    /// Whether negative acknowledgements may have a reason string.
     pub tells_reasons: bool,
     pub rights: Admitted,
     /// Place that counts for `connections_per_user_max`.
     pub user_place: Option<UserPlace>,
     pub will: Option<Will>,
-    /// Where CONNECT named one, with its user name: the client may authenticate again.
+    /// Authentication method with the user name, if CONNECT named one; the client may then authenticate
+    /// again.
     pub auth: Option<(Method, Option<Box<str>>)>,
     pub answer: BytesMut,
 }
 
-/// What CONNECT asks for, the same for all versions.
+/// The requests in CONNECT, the same for all versions.
 struct Asked {
     version: Version,
     client_id: String,
@@ -70,22 +73,22 @@ struct Asked {
     expiry_s: u32,
     window: u16,
     packet_bytes_max: usize,
-    /// Topic aliases that it takes from us.
+    /// Number of topic aliases that the client accepts.
     aliases_max: u16,
     username: Option<Box<str>>,
     password: Option<Bytes>,
     will: Option<Will>,
-    /// These two once it is admitted, before an older connection gives way: who
-    /// is refused takes nothing over.
+    /// This and the next field are set when the client is admitted, before an older connection is
+    /// closed: a refused client takes nothing over.
     user_place: Option<UserPlace>,
     will_place: Option<will::Place>,
     auth: Option<Method>,
-    /// Its last round goes out with CONNACK.
+    /// Data of the last round, which is sent with CONNACK.
     auth_answer: Option<Bytes>,
 }
 
-/// Reads CONNECT from `io`; what came after it stays in `input`. The caller
-/// bounds the time, and tells the client where it is refused.
+/// Reads CONNECT from `io`. Later bytes stay in `input`. The caller limits the time, and answers a
+/// refused client.
 pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
     broker: &Arc<Broker>,
     io: &mut S,
@@ -214,7 +217,7 @@ impl Asked {
         asked
     }
 
-    /// What is wrong with what it asks for, in itself.
+    /// Checks the requests by themselves.
     fn check(&self) -> Result<(), (ConnectAckReason, &'static str)> {
         let id = ConnectAckReason::ClientIdentifierNotValid;
         if self.client_id.len() > CLIENT_ID_BYTES_MAX {
@@ -239,8 +242,8 @@ impl Asked {
         }
     }
 
-    /// A will below `$SYS` is not kept, as no publish there is: those topics are the
-    /// broker's. Its client is let in, because each bridge of Mosquitto has one.
+    /// Removes a will below `$SYS`, as every publish there is refused: those topics belong to the
+    /// broker. The client is admitted, because each Mosquitto bridge has such a will.
     fn leave_reserved_will(&mut self, broker: &Broker, remote: &Remote) {
         if let Some(will) = self.will.take_if(|will| topic::is_reserved(&will.topic)) {
             broker.counters.dollar_topics.increment(1);
@@ -283,8 +286,8 @@ impl Asked {
         Err(refused)
     }
 
-    /// Says that an older connection with the client's id was ended for this one. A device whose
-    /// connection was lost comes back from where it was: that is said once it is often.
+    /// Reports that an older connection with the client's id was ended for this one. A device that lost
+    /// its connection connects again from the same address, which is reported only when it is frequent.
     fn say_taken_over(&self, broker: &Broker, remote: &Remote, older: &clients::Connected) {
         let mut detail =
             format!("client {} at {}: taken over from {remote}", self.client_id, older.remote.address);
@@ -297,7 +300,7 @@ impl Asked {
         broker.failures.report_client(kind, &self.client_id, 1, &detail, "");
     }
 
-    /// Returns the client id, unless the host drew it.
+    /// Returns the client id, unless the host assigned it.
     fn own_id(&self) -> Option<&str> {
         (!self.assigned).then_some(&*self.client_id)
     }
@@ -311,7 +314,7 @@ impl Asked {
         refused.told(self.version, reason, self.packet_bytes_max)
     }
 
-    /// Returns why the client is not served: said with the user that it names.
+    /// Returns the refusal, with the user name that the client presented.
     fn denied(&self, remote: &Remote, denial: Denial) -> Refused {
         let tried = self.auth.as_ref().and_then(Method::tried);
         let user = self.username.as_deref().or(tried);
@@ -325,14 +328,15 @@ impl Asked {
         }
     }
 
-    /// MQTT 5.0, 3.2.2.3.14; clients of older versions cannot be told, and keep to their own.
+    /// Returns the Server Keep Alive (MQTT 5.0, 3.2.2.3.14). Clients of older versions cannot be told,
+    /// and keep their own.
     fn server_keep_alive_s(&self, broker: &Broker) -> Option<u16> {
         let max = broker.config.keep_alive_max.as_ref()?.0.as_secs().try_into().unwrap_or(u16::MAX);
         let is_longer = self.keep_alive_s == 0 || self.keep_alive_s > max;
         (self.version == Version::V5 && is_longer).then_some(max)
     }
 
-    /// Who the client is; else the CONNACK's reason and the cause that is counted.
+    /// Authenticates the client. The error is the reason for CONNACK and the cause that is counted.
     async fn admit<S: AsyncRead + AsyncWrite + Unpin>(
         &mut self,
         broker: &Broker,
@@ -386,7 +390,7 @@ impl Asked {
         Ok(rights)
     }
 
-    /// Whether the client takes a CONNACK of ours.
+    /// Checks that the client accepts a CONNACK of this size.
     fn check_size(&self, broker: &Broker) -> Result<(), Denial> {
         if self.connack(broker, false).len() > self.packet_bytes_max {
             return Err(Denial::new(ConnectAckReason::PacketTooLarge, "invalid"));
@@ -417,7 +421,7 @@ impl Asked {
     }
 }
 
-/// A will is held to the rules when it is left, and is a message of its client.
+/// Checks the will against the access rules, since it will be published as a message of its client.
 async fn admit_will(
     broker: &Broker,
     rights: &mut Admitted,
@@ -446,8 +450,8 @@ async fn admit_will(
     broker.wills.enter(broker, bytes).ok_or(Denial::new(ConnectAckReason::QuotaExceeded, "wills_bytes_max"))
 }
 
-/// Has the plugin asked for what a session is subscribed to, where the rules
-/// say so, before [`leave_forbidden`]. An error: it cannot be asked.
+/// Asks the access plugin about the session's filters, if the rules require it, before
+/// [`leave_forbidden`]. An error means that it cannot be asked.
 pub async fn ask_for_filters(rights: &mut Admitted, session: &Session) -> Result<(), Denied> {
     if rights.is_everything() {
         return Ok(());
@@ -459,8 +463,8 @@ pub async fn ask_for_filters(rights: &mut Admitted, session: &Session) -> Result
     rights.ask_now(Act::Subscribe, asked).await
 }
 
-/// A session outlives its client's rights: what it may not see any more is
-/// unsubscribed, and what waits of it is dropped.
+/// Unsubscribes filters that the client's present rights deny, and drops their queued messages, because
+/// a session outlives the rights of its client.
 pub async fn leave_forbidden(broker: &Broker, session: &Arc<Session>, rights: &mut Admitted) {
     if rights.is_everything() {
         return;
@@ -480,7 +484,7 @@ pub async fn leave_forbidden(broker: &Broker, session: &Arc<Session>, rights: &m
     }
 }
 
-/// Whether a session has a filter that [`leave_forbidden`] leaves.
+/// Returns whether the session has a filter that [`leave_forbidden`] removes.
 pub fn has_forbidden(rights: &Admitted, session: &Session) -> bool {
     !rights.is_everything() && session.filter_list().iter().any(|filter| is_forbidden(rights, filter))
 }
@@ -489,7 +493,8 @@ fn is_forbidden(rights: &Admitted, filter: &str) -> bool {
     Filter::parse(filter).is_none_or(|it| rights.subscribe(it.topics()) != Verdict::Yes)
 }
 
-/// Whether what waits of a topic may still be sent; of the subscriptions as they are now.
+/// Returns a function that tells whether queued messages of a topic may still be sent, given the present
+/// subscriptions.
 pub fn may_see<'r>(rights: &'r Admitted, session: &Session) -> impl Fn(&str) -> bool + use<'r> {
     let filters = if rights.is_narrowed() { session.filter_list() } else { Vec::new() };
     let filters: Vec<Filter> = filters.iter().filter_map(|filter| Filter::parse(filter)).collect();

@@ -1,6 +1,6 @@
-//! A SUBSCRIBE or UNSUBSCRIBE that is under way, on a task of its own: it is answered once a
-//! persistent session's change is durable, which takes as long as the broker's stream has no room.
-//! What the client sent behind it waits; its connection goes on.
+//! A SUBSCRIBE or UNSUBSCRIBE that is being processed, on a task of its own. It is answered once a
+//! persistent session's change is durable, which takes as long as the broker's stream has no room. Later
+//! packets of the client wait, and its connection continues.
 
 use std::future::pending;
 use std::sync::Arc;
@@ -19,7 +19,7 @@ pub struct Changing {
     given_up: CancellationToken,
 }
 
-/// What a change of subscriptions in memory comes to.
+/// Result of a change of subscriptions in memory.
 pub struct Changed {
     pub answer: Packet,
     /// Whether the answer waits until all changes of the session are durable.
@@ -46,8 +46,8 @@ impl Changing {
         Self { task: broker.background.spawn(in_turns(SHORT_TURN, work)), given_up }
     }
 
-    /// The connection ends, and nobody is answered. The change is whole in memory when this returns:
-    /// the next connection finds it, and a later note has what was not appended.
+    /// Abandons the answer because the connection ends. When this returns, the change is complete in
+    /// memory: the next connection finds it, and a later note contains what was not appended.
     pub async fn give_up(self) {
         self.given_up.cancel();
         // A panic ends the process.
@@ -55,7 +55,7 @@ impl Changing {
     }
 }
 
-/// Returns the answer once it may go; pending while nothing is under way. Safe to drop.
+/// Returns the answer once it may be sent. Never returns while no change is being made. Cancel safe.
 pub async fn changed(changing: Option<&mut Changing>) -> Result<Box<Packet>, Stopped> {
     let Some(changing) = changing else { return pending().await };
     match (&mut changing.task).await {

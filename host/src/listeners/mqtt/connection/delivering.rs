@@ -1,5 +1,5 @@
-//! What goes out to a client: what its queue has, as far as there is memory for it, and what that
-//! waits for.
+//! Deliveries to a client: the messages of its queue, as far as there is memory for them, and what they
+//! wait for.
 
 use std::future::pending;
 use std::sync::Arc;
@@ -17,29 +17,29 @@ use crate::listeners::mqtt::wire::Fault;
 use crate::listeners::permits::{Permit, Permits, TooSlow};
 use crate::stream::Ticket;
 
-/// The permit of a large message that finds no memory, from when it is to be read until its packet is
-/// written.
+/// The permit of a large message for which there is no memory, from its request until the message's
+/// packet is written.
 pub struct Outgoing {
     permit: Option<Box<Permit>>,
-    /// Its packet is in the write buffer.
+    /// Whether the packet is in the write buffer.
     is_in_buffer: bool,
 }
 
 impl Outgoing {
-    /// Asks for a permit for a message of `bytes`. One for a smaller message is given back.
+    /// Requests a permit for a message of `bytes`. A permit for a smaller message is given back.
     fn ask(outgoing: &mut Option<Self>, bytes: usize, permits: &Arc<Permits>) {
         let outgoing = outgoing.get_or_insert(Self { permit: None, is_in_buffer: false });
         Permit::set(&mut outgoing.permit, Some(bytes), permits);
     }
 
-    /// Returns the size of the message that it lets through; 0: it was not given.
+    /// Returns the size of the message that the permit allows; 0 if it was not given.
     fn given(&self) -> usize {
         self.permit.as_ref().filter(|permit| permit.is_given()).map_or(0, |permit| permit.bytes())
     }
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
-    /// Adds to the write buffer what may go, and asks for what the rest waits for.
+    /// Adds messages to the write buffer, and requests what the others wait for.
     pub(super) fn deliver(&mut self) {
         let has_room = self.inbound.memory.has_room(WRITE_BYTES_MAX);
         let bytes_max = if has_room { WRITE_BYTES_MAX } else { WRITE_BYTES_LEAST };
@@ -52,7 +52,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         while self.fill(bytes_max) && self.out.len() < bytes_max {}
     }
 
-    /// Returns whether more may go at once, under a permit that was just given.
+    /// Fills the write buffer. Returns whether more may be added at once, under a permit that was just
+    /// given.
     fn fill(&mut self, bytes_max: usize) -> bool {
         let broker = self.broker;
         let mut outbox = self.session.outbox();
@@ -82,7 +83,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         outward.set_permit(wanted, filled.used_permit, is_full, outbox, &broker.outgoing_permits)
     }
 
-    /// Deliveries may go on.
+    /// Continues deliveries.
     pub(super) fn moved(&mut self, moved: Moved) -> Result<(), End> {
         match moved {
             Moved::Again => {}
@@ -122,18 +123,18 @@ pub struct Outward {
     outgoing: Option<Outgoing>,
 }
 
-/// What came of it.
+/// What ended a wait.
 pub enum Moved {
     Again,
     Loaded(Loaded),
-    /// There is a permit for a large message, or its packet does not go on.
+    /// A permit for a large message was given, or its packet makes too little progress.
     Permitted(Result<(), TooSlow>),
-    /// The broker stream or the messages' has stopped.
+    /// The broker's stream, or that of the messages, has stopped.
     Stopped,
 }
 
 impl Outward {
-    /// A read that is under way goes on, and a permit is kept.
+    /// Sets what the outbox waits for. A running read continues, and a permit is kept.
     fn set(outward: &mut Option<Box<Self>>, mut waits: Waits, broker: &Arc<Broker>, session: &Arc<Session>) {
         let Self { loader, outgoing, .. } = outward.take().map(|outward| *outward).unwrap_or_default();
         if waits.is_none() && outgoing.is_none() {
@@ -145,19 +146,19 @@ impl Outward {
         *outward = Some(Box::new(Self { durable, room, loader, outgoing }));
     }
 
-    /// Returns whether the packet of its permit is in the write buffer.
+    /// Returns whether the packet under the permit is in the write buffer.
     fn has_permit_in_buffer(&self) -> bool {
         self.outgoing.as_ref().is_some_and(|outgoing| outgoing.is_in_buffer)
     }
 
-    /// The client has taken so many bytes.
+    /// Counts bytes that the client has read.
     pub fn wrote(&mut self, bytes: usize) {
         let permit = self.outgoing.as_mut().and_then(|outgoing| outgoing.permit.as_mut());
         permit.into_iter().for_each(|permit| permit.add(bytes));
     }
 
-    /// Asks for a permit for a message of `wanted` bytes, 0: for none, and gives back one that is not
-    /// needed. Returns whether it was given at once.
+    /// Requests a permit for a message of `wanted` bytes (0: for none), and gives back a permit that is
+    /// not needed. Returns whether it was given at once.
     pub fn set_permit(
         &mut self,
         wanted: usize,
@@ -197,7 +198,7 @@ impl Outward {
         given > 0
     }
 
-    /// A permit was given, or its packet does not go on while others wait for theirs.
+    /// Handles a permit that was given, or too little progress of its packet while others wait.
     pub fn permitted(&mut self, progress: Result<(), TooSlow>, outbox: &mut Outbox) -> Result<(), End> {
         let Some(outgoing) = &self.outgoing else { return Ok(()) };
         match progress {
@@ -218,7 +219,7 @@ impl Outward {
     }
 }
 
-/// Pending where nothing is waited for. Safe to drop.
+/// Waits until deliveries can continue. Never returns if nothing is waited for. Cancel safe.
 pub async fn outward(broker: &Broker, waiting: &mut Option<Box<Outward>>) -> Moved {
     let Some(waiting) = waiting else { return pending().await };
     let Outward { durable, room, loader, outgoing } = &mut **waiting;

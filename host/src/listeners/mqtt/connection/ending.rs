@@ -1,5 +1,5 @@
-//! How a connection ends: what its client is told, what the log and the counters say,
-//! and in which order what it held is given back.
+//! The end of a connection: the last packet to its client, the log and the counters, and the order in
+//! which its resources are released.
 
 use rmqtt_codec::v5::DisconnectReasonCode;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -23,7 +23,7 @@ pub enum End {
     },
     Lost,
     Fault(Fault),
-    /// A packet is larger than `max_packet_size`: its size, and topic.
+    /// A packet exceeds `max_packet_size`; its size and topic.
     TooLarge(Box<str>),
     TakenOver,
     KeepAlive,
@@ -43,7 +43,7 @@ impl From<Trouble> for End {
 }
 
 impl End {
-    /// After what was found in these bytes.
+    /// Returns the end for what was found in these bytes.
     pub fn of(trouble: Trouble, bytes: &[u8], packet_bytes_max: usize) -> Self {
         match Self::from(trouble) {
             Self::Fault(fault) if fault.code == DisconnectReasonCode::PacketTooLarge => {
@@ -55,14 +55,14 @@ impl End {
     }
 }
 
-/// What is given back when a connection ends.
+/// Resources that are released when a connection ends.
 pub struct Leaving {
     pub turn: Turn,
     pub user_place: Option<UserPlace>,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
-    /// Says goodbye, gives back what the connection held, and sees to its will.
+    /// Sends the last packet, releases the connection's resources, and handles its will.
     pub(super) async fn leave(mut self, end: End, remote: &Remote, place: Place, leaving: Leaving) {
         let end = match end {
             End::Fault(_) | End::TooLarge(_) | End::Disconnect { .. } => end,
@@ -111,7 +111,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         drop(place);
     }
 
-    /// Counts, reports what a person may want to know, sends the last packet.
+    /// Counts and reports the end, and sends the last packet.
     async fn say_goodbye(&mut self, end: &End, remote: &Remote) {
         let (cause, code, why) = match end {
             End::Disconnect { .. } => ("client", None, ""),
@@ -178,7 +178,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
     }
 }
 
-/// Not while the host stops: its clients must not hold it up.
+/// Waits for the client to close its side, except while the host stops, which its clients must not
+/// delay.
 pub async fn linger<S: AsyncRead + Unpin>(broker: &Broker, io: &mut S) {
     tokio::select! {
         () = closing::linger(io) => {}

@@ -1,4 +1,4 @@
-//! The packets that are not on the hot path: SUBSCRIBE, UNSUBSCRIBE, DISCONNECT, AUTH.
+//! Packets that are not on the hot path: SUBSCRIBE, UNSUBSCRIBE, DISCONNECT, AUTH.
 
 use std::sync::Arc;
 
@@ -24,7 +24,7 @@ use crate::listeners::mqtt::subscriptions::{FILTER_LEVELS_MAX, Filter, Options, 
 use crate::listeners::mqtt::wire::{self, Fault, Packet};
 
 impl<S> Connection<'_, S> {
-    /// Takes the packet at the front of the input.
+    /// Processes the packet at the front of the input.
     pub(super) async fn packet(&mut self) -> Result<(), End> {
         let frame = wire::frame(&self.input, self.broker.packet_bytes_max).map_err(End::Fault)?;
         let frame = frame.expect("take stopped at a whole packet");
@@ -106,7 +106,7 @@ impl<S> Connection<'_, S> {
         }
     }
 
-    /// Returns how the connection ends after a DISCONNECT.
+    /// Returns the end of the connection for a DISCONNECT.
     fn disconnect(&self, packet: &Packet) -> End {
         let Packet::V5(v5::Packet::Disconnect(disconnect)) = packet else {
             return End::Disconnect { keep_will: false, expiry_s: None };
@@ -120,7 +120,8 @@ impl<S> Connection<'_, S> {
         End::Disconnect { keep_will, expiry_s }
     }
 
-    /// Returns how the connection ends by a DISCONNECT that waits behind other packets, if there is one.
+    /// Returns the end of the connection for a DISCONNECT that is queued behind other packets, if there
+    /// is one.
     pub(super) fn last_words(&self) -> Option<End> {
         let mut rest = &self.input[..];
         while let Ok(Some(frame)) = wire::frame(rest, self.broker.packet_bytes_max) {
@@ -133,9 +134,9 @@ impl<S> Connection<'_, S> {
         None
     }
 
-    /// What the access plugin is to be asked for a SUBSCRIBE: where any answer
-    /// is missing, all of them, so that none is forgotten meanwhile. A packet's
-    /// filters past `QUESTIONS_MAX` of these are not asked for, and refused.
+    /// Returns the filters of a SUBSCRIBE about which the access plugin must be asked. If any answer is
+    /// missing, all of them are returned, so that none is forgotten meanwhile. Filters beyond
+    /// `QUESTIONS_MAX` are not asked about, and are refused.
     fn unanswered(&self, packet: &Packet) -> Vec<Box<str>> {
         let rights = self.inbound.rights();
         let is_asked = |filter: &Filter| rights.rule_for_subscribe(filter.topics()) == Verdict::Ask;
@@ -158,7 +159,7 @@ impl<S> Connection<'_, S> {
         filters.iter().map(|filter| filter.topics().as_str().into()).collect()
     }
 
-    /// Checks what a SUBSCRIBE asks for.
+    /// Checks the filters of a SUBSCRIBE.
     async fn check(
         &mut self,
         filters: impl Iterator<Item = (&str, SubscriptionOptions)>,
@@ -230,7 +231,7 @@ impl<S> Connection<'_, S> {
         })
     }
 
-    /// Refused with the cause that is counted.
+    /// Checks one filter. The error is the cause under which its refusal is counted.
     fn check_filter(
         &self,
         text: &str,
@@ -276,7 +277,7 @@ impl<S> Connection<'_, S> {
         })
     }
 
-    /// Begins to change the session's subscriptions. What the client sent behind it waits until
+    /// Begins to change the session's subscriptions. Later packets of the client wait until
     /// [`Self::changed`].
     fn begin(&mut self, change: impl Future<Output = Changed> + Send + 'static) -> Result<(), End> {
         self.inbound.hold(false);
@@ -313,32 +314,32 @@ impl<S> Connection<'_, S> {
     }
 }
 
-/// What a SUBSCRIBE asks for, and gets.
+/// The requested and granted filters of a SUBSCRIBE.
 struct Asked {
     granted: Granted,
     status: Vec<SubscribeAckReason>,
-    /// Why the first filter is refused of which that is so.
+    /// Why the first refused filter was refused.
     refused: Option<&'static str>,
 }
 
-/// Filters that are to be subscribed to, and the memory that was taken for them.
+/// Filters to subscribe to, with the memory that was taken for them.
 struct Granted {
     subscriptions: Vec<Subscription>,
     room: Room,
 }
 
-/// Topic levels that a client may have for each of its filters, on average: each level
-/// that no other filter has takes about 120 bytes of memory.
+/// Average number of topic levels that a client may have for each filter. Each level that no other
+/// filter shares takes about 120 bytes of memory.
 const LEVELS_PER_FILTER: usize = 10;
 
-/// What a client may still subscribe to.
+/// Limits on what a client may still subscribe to.
 struct Room {
     filters: usize,
     levels: usize,
     bytes: usize,
-    /// Bytes of filters that the broker's state takes of it.
+    /// Bytes of filters in the state of the broker's stream.
     state_bytes: usize,
-    /// The session that takes memory for what it is granted.
+    /// The session that takes memory for the granted filters.
     session: Arc<Session>,
     memory: usize,
 }
@@ -361,7 +362,7 @@ impl Room {
         }
     }
 
-    /// An error is the bound that it would pass.
+    /// Adds a filter. The error is the limit that it would exceed.
     fn take(&mut self, filter: &str) -> Result<(), &'static str> {
         let state_bytes = self.state_bytes.checked_sub(filter.len()).ok_or("broker_state")?;
         let filters = self.filters.checked_sub(1).ok_or("subscriptions_per_client_max")?;
@@ -377,7 +378,7 @@ impl Room {
     }
 }
 
-/// Gives back the memory of filters that were granted and not added.
+/// Releases the memory of filters that were granted and not added.
 impl Drop for Room {
     fn drop(&mut self) {
         self.session.filters_added();

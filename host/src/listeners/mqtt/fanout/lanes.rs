@@ -1,6 +1,6 @@
-//! Lanes: sessions that a restart found behind the live delivery of a stream catch up with
-//! it, those that are about as far behind together, the nearest first. No lane reads more
-//! than [`LANE_SPREAD`] times what its nearest session needs.
+//! Lanes, in which sessions that a restart found behind live delivery catch up. A lane has the sessions
+//! that are about equally far behind, and the nearest lane runs first. No lane reads more than
+//! [`LANE_SPREAD`] times what its nearest session needs.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,21 +10,21 @@ use super::{IDLE, Live, follow};
 use crate::listeners::mqtt::Broker;
 use crate::listeners::mqtt::session::Session;
 
-/// The sessions of a lane are at most so many times as far behind as the nearest of them,
-/// which reads no more for the others' sake.
+/// How many times farther behind than the nearest one the sessions of a lane may be. The nearest session
+/// reads no more than that for the others.
 const LANE_SPREAD: u64 = 4;
-/// Nearer than this, in messages, all are in one lane.
+/// Distance in messages within which all sessions are in one lane.
 const LANE_LEAST: u64 = 1 << 14;
 
-/// Sessions that catch up with the live delivery of one stream together, and members of shares that are
-/// owed something of it.
+/// Sessions that catch up with live delivery of one stream together, and shares whose members are owed
+/// messages of it.
 pub(super) struct Lane {
     sessions: Vec<Arc<Session>>,
-    /// Offset of the next message to be delivered.
+    /// Offset of the next message to deliver.
     pub(super) position: AtomicU64,
 }
 
-/// Brings the sessions that a restart found behind up to the live delivery, lane by lane.
+/// Delivers, lane by lane, to the sessions that a restart found behind live delivery.
 pub async fn catch_up(broker: Arc<Broker>, number: usize) {
     for lane in 1..=broker.live.streams[number].lanes.len() {
         tokio::select! {
@@ -34,15 +34,15 @@ pub async fn catch_up(broker: Arc<Broker>, number: usize) {
     }
 }
 
-/// What a lane delivers for.
+/// Receiver for which a lane delivers.
 enum Behind<'f> {
     Session(&'f Arc<Session>),
     /// The members of a share.
     Share(&'f mut Owed),
 }
 
-/// The sessions that have not been offered all before `end`, and the shares whose members are owed
-/// some of it, by how far they are behind.
+/// Returns the sessions that have not been offered all messages before `end`, and the shares whose
+/// members are owed some of them, grouped by how far they are behind.
 pub(super) fn lanes(
     sessions: &[Arc<Session>],
     shares: &mut [Found],
@@ -79,8 +79,8 @@ pub(super) fn lanes(
 }
 
 impl Live {
-    /// True where the lane has come as far as the live delivery, to which its sessions
-    /// belong from now on.
+    /// Returns whether the lane has reached live delivery. Its sessions belong to live delivery from
+    /// then on.
     pub(super) fn join(&self, number: usize, lane: u8) -> bool {
         let tail = &self.streams[number];
         let Some(Lane { sessions, position }) = tail.lane(lane) else { return false };

@@ -1,7 +1,7 @@
-//! To which member of a share a message goes.
+//! Selection of the member of a share that receives a message.
 //!
-//! Members that are there and have room come first, in turn. Where there is none, the message goes to one
-//! that keeps it, rather than to one that would lose it or another message for it.
+//! Connected members with room come first, in turn. If there is none, the message goes to a member that
+//! keeps it, rather than to one that would lose it or another message for it.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -15,9 +15,9 @@ use crate::listeners::mqtt::session::Session;
 use crate::listeners::mqtt::subscriptions::{Options, Share, Subscriber};
 
 impl Live {
-    /// Delivers to the member whose turn it is, of those that are there and keep up, the one at the
-    /// place `first` before the others; where there is none, to one that keeps it until it can be sent.
-    /// Returns whose the message is now.
+    /// Delivers to the next connected member that keeps up, of which the one at index `first` is tried
+    /// first. If there is none, delivers to a member that keeps the message until it can be sent.
+    /// Returns the new owner of the message.
     pub(super) fn deliver_to_one<'s>(
         &self,
         share: &'s Share<Arc<Session>>,
@@ -80,8 +80,7 @@ impl Live {
         Some(&member.session)
     }
 
-    /// Gives a message that a lane has come to, and that no session of the lane takes, to any member of
-    /// a share that is owed it.
+    /// Delivers a message that no session of the lane takes to any member of a share that is owed it.
     pub(super) fn deliver_owed(
         &self,
         records: &ShareRecords,

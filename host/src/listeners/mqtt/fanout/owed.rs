@@ -1,11 +1,10 @@
-//! What lanes are still to offer to the members of shares, whoever these are by then.
+//! Messages that lanes are still to offer to the members of shares, whichever sessions are members then.
 //!
-//! A lane offers a session that a restart found behind what the session had not been noted to have.
-//! Where the session leaves a share before the lane has done so, other members are owed what the
-//! session was not offered. They are also owed what the record of a share does not list. The lane
-//! gives each such message to one member, unless a session that catches up takes it anyway. Until
-//! then the record of the share names the parts in which these messages lie, so that no crash
-//! forgets one.
+//! A lane offers a session that a restart found behind the messages that its note does not cover. If the
+//! session leaves a share first, the other members are owed these messages. They are also owed messages
+//! that the record of a share does not list. The lane gives each such message to one member, unless a
+//! session that catches up takes it anyway. Until then the record of the share names the parts in which
+//! these messages lie, so that no crash loses one.
 
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
@@ -20,16 +19,16 @@ use crate::listeners::mqtt::subscriptions::Options;
 /// Messages that the members of one share are owed.
 pub struct Owed {
     streams: Box<[OfStream]>,
-    /// Those in its parts that a member has.
+    /// Messages in its parts that a member already has.
     known: HashSet<Place>,
 }
 
 /// The part of one stream.
 #[derive(Clone, Default)]
 struct OfStream {
-    /// The lane that offers it.
+    /// The lane that offers the part.
     lane: u8,
-    /// The messages published with QoS 1, and those with QoS 2.
+    /// The parts for messages published with QoS 1, and with QoS 2.
     parts: [Range<u64>; 2],
 }
 
@@ -55,7 +54,7 @@ impl Owed {
         &self.streams[stream].parts
     }
 
-    /// First offset of a stream, if there is any.
+    /// Returns the first owed offset of a stream, if there is one.
     pub(super) fn first(&self, stream: usize) -> Option<u64> {
         let parts = self.parts(stream).iter().filter(|part| !part.is_empty());
         parts.map(|part| part.start).min()
@@ -65,14 +64,14 @@ impl Owed {
         self.streams[stream].lane = lane;
     }
 
-    /// Whether a message that a lane has come to, published with this QoS, is to be offered.
+    /// Returns whether a message that a lane has reached, published with this QoS, is to be offered.
     pub(super) fn has(&self, place: Place, lane: u8, qos: u8) -> bool {
         let stream = &self.streams[usize::from(place.stream)];
         let Some(part) = stream.parts.get(usize::from(qos.wrapping_sub(1))) else { return false };
         stream.lane == lane && part.contains(&place.offset) && !self.known.contains(&place)
     }
 
-    /// The parts of streams in which lies what the lanes have not come to yet.
+    /// Returns the parts of streams that the lanes have not reached yet.
     pub(super) fn left<'o>(&'o self, live: &'o Live) -> impl Iterator<Item = (usize, Range<u64>)> + use<'o> {
         let part = |(number, stream): (usize, &'o OfStream)| {
             let lane = live.streams[number].lane(stream.lane)?;
@@ -84,7 +83,7 @@ impl Owed {
         self.streams.iter().enumerate().filter_map(part)
     }
 
-    /// Adds what the other one has, where no other message comes with it. Returns whether it did.
+    /// Merges another entry, if this adds no other message. Returns whether it did.
     pub(super) fn merge(&mut self, other: &Self) -> bool {
         let streams = || self.streams.iter().zip(&other.streams);
         let is_alike = |(one, other): (&OfStream, &OfStream)| {
@@ -107,7 +106,7 @@ impl Owed {
         is_merged
     }
 
-    /// A session that catches up takes what lies at `from` and behind, with QoS 2 at `from_qos_2`.
+    /// Extends the parts to the messages from `from` on, and for QoS 2 from `from_qos_2` on.
     fn cover(&mut self, stream: usize, from: u64, from_qos_2: u64) {
         for (part, from) in self.streams[stream].parts.iter_mut().zip([from, from_qos_2]) {
             part.end = part.end.min(from);
@@ -115,18 +114,18 @@ impl Owed {
     }
 }
 
-/// What a start found of a share.
+/// What a start found about a share.
 pub struct Found {
     pub filter: Box<str>,
-    /// The session that has what the share's record lists.
+    /// The session that received the messages listed in the share's record.
     pub heir: Arc<Session>,
-    /// What the record does not list.
+    /// Messages that the record does not list.
     pub owed: Owed,
 }
 
 impl Found {
-    /// `shares`: those that have a record, and their heirs; `parts`: where lies what the records do not
-    /// list. `subscriptions`, `sessions`: all that the start found.
+    /// Returns the shares that have a record, with their heirs and what they are owed. `parts` names
+    /// where the unlisted messages lie. `subscriptions` and `sessions` are all that the start found.
     pub fn of<'s>(
         shares: Vec<(Box<str>, Arc<Session>)>,
         parts: &HashMap<ShareFilter, Parts>,
@@ -161,8 +160,9 @@ impl Found {
 }
 
 impl Live {
-    /// A session leaves a share, or subscribes to it with QoS 0: what lanes were still to offer it by the
-    /// share is owed to the other members. Nothing is delivered meanwhile.
+    /// Records that a session leaves a share, or subscribes to it with QoS 0: messages of the share that
+    /// lanes were still to offer to the session are owed to the other members. No message is delivered
+    /// meanwhile.
     pub(super) fn owe(&self, passed: &mut Passed, session: &Arc<Session>, filter: &str, options: Options) {
         if options.qos == 0 || !session.is_behind() {
             return;

@@ -1,9 +1,8 @@
-//! What a member of shared subscriptions held goes to the other members when it leaves.
+//! Passes the messages of a leaving member of shared subscriptions on to the other members.
 //!
-//! Members may leave together, each with a long queue: the messages move in small parts, between
-//! which the live delivery and whoever subscribes have their turn. While a client is away and
-//! may come back, its messages go only to members that are there and have room; where there is none,
-//! they stay.
+//! Members may leave together, each with a long queue. The messages move in small groups, between which
+//! live delivery and subscribing clients have their turn. While a disconnected client may still come
+//! back, its messages go only to connected members with room; if there is none, they stay.
 
 #[cfg(test)]
 pub(super) mod tests;
@@ -22,23 +21,23 @@ use crate::listeners::mqtt::outbound::{Place, ShareFilter};
 use crate::listeners::mqtt::session::Session;
 use crate::listeners::mqtt::subscriptions::Share;
 
-/// Messages that move in one go, in which nobody may subscribe. Those of one share go to one
-/// member, as far as it has room: each of the members that get any is noted.
+/// Messages that move without a break, while no client can subscribe. Those of one share go to one
+/// member as far as it has room, because each receiving member is noted.
 const PASSED_ON_AT_ONCE: usize = 64;
 
 /// What leaves.
 #[derive(Clone, Copy)]
 pub enum Departure<'a> {
-    /// The client, and its session waits for it.
+    /// The client disconnects, and its session stays.
     Client,
-    /// The session, one of its shares.
+    /// The session leaves one of its shares.
     Share(&'a str),
-    /// The session, all of its shares.
+    /// The session leaves all of its shares.
     Session,
 }
 
 impl Live {
-    /// Gives what a member of shared subscriptions held to the others: see
+    /// Passes messages that a member of shared subscriptions held on to the others: see
     /// [`Outbox::give_back`](crate::listeners::mqtt::outbound::Outbox::give_back).
     pub async fn pass_on(&self, broker: &Broker, session: &Arc<Session>, departure: Departure<'_>) {
         let (mut shares, mut left) = session.outbox().shares(matches!(departure, Departure::Session));
@@ -70,8 +69,8 @@ impl Live {
         let _ = self.settle(broker);
     }
 
-    /// Passes on some messages that came by `shares`, and leaves out those shares that nobody takes
-    /// any of. Returns how many; `None`: no more are to be passed on.
+    /// Passes on some messages of `shares`, and removes shares of which no member takes any. Returns the
+    /// number of messages, or `None` if there are no more.
     fn pass_some(
         &self,
         broker: &Broker,
@@ -132,7 +131,7 @@ impl Live {
         (!is_over).then_some(moved)
     }
 
-    /// Leaves out the shares of which no member is there and has room.
+    /// Removes the shares without a connected member that has room.
     fn keep_ready(&self, shares: &mut BTreeSet<Box<str>>) {
         let index = self.index();
         shares.retain(|share| self.is_anyone_ready(&index, share));
@@ -158,20 +157,20 @@ impl Live {
         false
     }
 
-    /// Begins to note what moves from one session to another.
+    /// Begins to record the messages that move between sessions.
     pub fn note_passed(&self) {
         // Waits for moves that nobody noted.
         self.passed_to_change().seen = Some(Mutex::default());
     }
 
-    /// What moved since [`Live::note_passed`], the last of which has arrived. Each once, however
-    /// often it moved.
+    /// Returns the messages that moved since [`Live::note_passed`] and have all arrived. Each is
+    /// returned once, however often it moved.
     pub fn passed(&self) -> BTreeSet<Place> {
         let seen = self.passed_to_change().seen.take();
         seen.map_or_else(BTreeSet::new, |seen| seen.into_inner().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Lets messages move between the members of shares.
+    /// Permits messages to move between the members of shares.
     pub(super) fn transfers(&self) -> Locked<RwLockReadGuard<'_, Passed>> {
         in_order(Rank::Passed, || self.passed.read().unwrap_or_else(PoisonError::into_inner))
     }

@@ -1,4 +1,4 @@
-//! A message on its way to those who want it.
+//! A message on its way to the subscribers that match it.
 
 use std::cell::OnceCell;
 use std::sync::Arc;
@@ -8,7 +8,7 @@ use crate::listeners::mqtt::outbound::{Ids, Message, Place, Queued, ShareFilter,
 use crate::listeners::mqtt::session::Session;
 use crate::listeners::mqtt::subscriptions::{Found, Options, Share, Subscriber};
 
-/// Whom a message met; reused from one to the next.
+/// Subscribers that a message matched. The memory is reused for the next message.
 #[derive(Default)]
 pub(super) struct Met<'t> {
     pub(super) ones: Vec<&'t Subscriber<Arc<Session>>>,
@@ -32,23 +32,23 @@ impl<'t> Met<'t> {
     }
 }
 
-/// A message on its way to those who want it; copied out of its stream's
-/// frame once, and only where somebody is there to hold it.
+/// A message on its way to subscribers. It is copied out of its stream's frame once, and only if a
+/// connected subscriber holds it.
 pub(super) enum Sent<'m> {
     Live {
         place: Place,
-        /// To whom it goes: 0, or the number of a lane.
+        /// Receiver: 0 for live delivery, otherwise the number of a lane.
         lane: u8,
         message: MessageRef<'m>,
         since_us: u64,
         may_be_again: bool,
         whole: OnceCell<Arc<Message>>,
     },
-    /// A lane offers it to the members of a share, whoever they are.
+    /// A message that a lane offers to the members of a share.
     Owed(&'m Sent<'m>),
-    /// A member of a shared subscription gave it back.
+    /// A message that a member of a shared subscription gave back.
     Again(Queued),
-    /// Made at that broker time.
+    /// A message made by the broker at this broker time.
     Broker(&'m Arc<Message>, u64),
 }
 
@@ -64,7 +64,8 @@ impl Sent<'_> {
         matches!(self, Self::Live { lane: 0, .. })
     }
 
-    /// `None`: what may be sent once only, and perhaps was, before a restart.
+    /// Returns the queue entry, or `None` for a message that may be sent only once and may have been
+    /// sent before a restart.
     pub(super) fn queued(
         &self,
         qos: u8,
@@ -107,7 +108,7 @@ impl Sent<'_> {
         }
     }
 
-    /// Of a stream's message.
+    /// Returns the copy of a stream's message.
     pub(super) fn whole(&self) -> Option<Arc<Message>> {
         match self {
             Self::Live { message, whole, .. } => {

@@ -1,15 +1,15 @@
-//! The records of shares that have members with a kept session and members without: see
+//! Records of shares that have both persistent and non-persistent members: see
 //! [`outbound::Holdings`](crate::listeners::mqtt::outbound::Holdings).
 //!
-//! No note says what a session holds that ends with its connection. A share has a record
-//! before such a session is given the first message beside a member whose session is kept. From then
-//! on the record covers what those sessions hold, whichever notes are written: it is replaced only
-//! by one that lists what they hold at that moment, after the notes of those that were given some of it.
-//! When a session that is kept gives messages to one that is not, the record is replaced before the
-//! note that lists them is. The record also names what lanes are still to offer to the members (`owed`).
+//! No note lists what a non-persistent session holds. A share has a record before such a session
+//! receives the first message beside a persistent member. From then on the record covers what the
+//! non-persistent sessions hold, whichever notes are written. It is replaced only by a record that lists
+//! what they hold at that moment, and only after the notes of the sessions that received some of it.
+//! When a persistent session gives messages to a non-persistent one, the record is replaced before the
+//! note that lists them. The record also names what lanes are still to offer to the members (`owed`).
 //!
-//! What is refused for want of room is [`Pending`]: until it is written no note leaves out, and no end of a
-//! session removes, what would be in no record then.
+//! A record that is refused for want of room is [`Pending`]. Until it is written, no note omits, and no
+//! end of a session removes, messages that would then be in no record.
 
 #[cfg(test)]
 mod tests;
@@ -27,39 +27,40 @@ use crate::listeners::mqtt::subscriptions::{Options, is_shared};
 use crate::listeners::mqtt::{Broker, append_unawaited};
 use crate::stream::{AppendError, StateChange, Stream, Ticket};
 
-/// Records that are made in one go, in which no message moves between members and nobody joins a
-/// share. The queues of their holders are walked once for all of them.
+/// Records that are made without a break, while no message moves between members and no session joins a
+/// share. The queues of the holders are walked once for all of them.
 pub const RECORDS_AT_ONCE: usize = 4_096;
-/// Number of bytes of records in one append, about.
+/// Approximate number of bytes of records in one append.
 const AT_ONCE_BYTES: usize = 1 << 20;
 
-/// The shares that have a record, or are to have one, and what is to be written before others may be.
+/// The shares that have or need a record, and what must be written before other changes.
 pub(super) struct ShareRecords {
     by_filter: BTreeMap<Box<str>, Record>,
     pending: Mutex<Pending>,
 }
 
-/// What notes and records do not say yet.
+/// Changes that notes and records do not contain yet.
 #[derive(Default)]
 struct Pending {
-    /// Sessions that are kept and whose notes do not list yet what others gave them. Each is added after it
-    /// was given the messages, and taken out before it is noted.
+    /// Persistent sessions whose notes do not yet list messages that others gave them. A session is
+    /// added after it received the messages, and removed before it is noted.
     takers: BTreeMap<u64, Arc<Session>>,
-    /// The shares whose records do not cover yet what members hold or are owed, and the sessions that
-    /// append no change of that filter before.
+    /// Shares whose records do not yet cover what members hold or are owed, each with the sessions that
+    /// may not append a change of that filter before.
     due: BTreeMap<Box<str>, BTreeMap<u64, Arc<Session>>>,
-    /// Sessions whose notes list what they gave to others, because the others' notes and records do not.
+    /// Sessions whose notes list messages that they gave to others, because the others' notes and
+    /// records do not list them yet.
     givers: BTreeMap<u64, Arc<Session>>,
 }
 
 #[derive(Default)]
 struct Record {
-    /// The members whose sessions end with their connections, and those that were and still hold
-    /// messages by the share. Each is added when it joins, or when the record begins.
+    /// Non-persistent members, and former ones that still hold messages of the share. A session is added
+    /// when it joins, or when the record begins.
     holders: BTreeMap<u64, Arc<Session>>,
-    /// What lanes are still to offer to the members.
+    /// Messages that lanes are still to offer to the members.
     owed: Vec<Owed>,
-    /// What the broker stream has, if it has a record.
+    /// The record in the broker's stream, if there is one.
     written: Option<Vec<u8>>,
 }
 
@@ -68,7 +69,7 @@ impl Pending {
         self.takers.is_empty() && self.due.is_empty() && self.givers.is_empty()
     }
 
-    /// The record of a share is written, or is not needed.
+    /// Marks the record of a share as written, or as not needed.
     fn written(&mut self, filter: &str) {
         let waiting = self.due.remove(filter).unwrap_or_default();
         waiting.values().for_each(|session| session.outbox().record_written(filter));
@@ -76,7 +77,7 @@ impl Pending {
 }
 
 impl ShareRecords {
-    /// The records that a start found.
+    /// Creates the records that a start found.
     pub fn of(found: Vec<Found>) -> Self {
         let takers = found.iter().map(|share| (share.heir.number, share.heir.clone())).collect();
         let record = |owed| Record { owed: vec![owed], written: Some(Vec::new()), ..Record::default() };
@@ -92,7 +93,7 @@ impl ShareRecords {
         self.pending.get_mut().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A session was given messages by another, or what it was owed.
+    /// Notes that a session received messages from another, or messages that it was owed.
     pub fn took(&self, taker: &Arc<Session>) {
         if taker.outbox().is_kept() {
             self.pending().takers.insert(taker.number, taker.clone());
@@ -103,8 +104,8 @@ impl ShareRecords {
         self.pending().takers.remove(&taker.number);
     }
 
-    /// A session that is kept gave messages by a share to one that is not: its notes list them until the
-    /// record does.
+    /// Notes that a persistent session gave messages of a share to a non-persistent one. Its notes list
+    /// them until the record does.
     pub fn gave(&self, filter: &str) {
         let mut pending = self.pending();
         if !pending.due.contains_key(filter) {
@@ -112,19 +113,19 @@ impl ShareRecords {
         }
     }
 
-    /// `giver` lists in its notes what it gives, until nothing is pending.
+    /// Makes `giver` list in its notes what it gives, until nothing is pending.
     pub fn lists(&self, giver: &Arc<Session>) {
         self.pending().givers.insert(giver.number, giver.clone());
     }
 
-    /// The change of a filter by `session` waits for the record of the share.
+    /// Makes the change of a filter by `session` wait for the record of the share.
     pub fn await_record(&mut self, filter: &str, session: &Arc<Session>) {
         session.outbox().await_record(filter);
         let waiting = self.pending_mut().due.entry(filter.into()).or_default();
         waiting.insert(session.number, session.clone());
     }
 
-    /// Whether members are owed a message that a lane has come to.
+    /// Returns whether members are owed a message that a lane has reached.
     pub fn owes(&self, filter: &str, place: Place, lane: u8, qos: u8) -> bool {
         self.by_filter.get(filter).is_some_and(|record| record.owed.iter().any(|it| it.has(place, lane, qos)))
     }
@@ -143,7 +144,7 @@ impl ShareRecords {
         is_any
     }
 
-    /// Notes the sessions that were given messages, so that records need not list these any more.
+    /// Notes the sessions that received messages, so that records need not list these any more.
     fn note_takers(&mut self, broker: &Broker) -> Result<(), AppendError> {
         let takers = &mut self.pending_mut().takers;
         while let Some(taker) = takers.first_entry() {
@@ -153,7 +154,7 @@ impl ShareRecords {
         Ok(())
     }
 
-    /// Writes all that is pending.
+    /// Writes everything that is pending.
     fn settle(&mut self, broker: &Broker) -> Result<(), AppendError> {
         let due: Vec<Box<str>> = self.pending_mut().due.keys().cloned().collect();
         self.replace(broker, &due, Record::is_needed)?;
@@ -162,8 +163,8 @@ impl ShareRecords {
         Ok(())
     }
 
-    /// Replaces records by what their holders hold now and their members are owed, or removes those
-    /// that are not needed. `is_needed` is told the number of members whose sessions are kept.
+    /// Replaces records by what their holders hold now and their members are owed, or removes those that
+    /// are not needed. `is_needed` receives the number of persistent members.
     fn replace(
         &mut self,
         broker: &Broker,
@@ -212,7 +213,7 @@ impl ShareRecords {
         Ok(ticket.max(self.append(broker, some)?))
     }
 
-    /// Appends the records that have changed, and forgets those that are of no use any more.
+    /// Appends the records that have changed, and removes those that are no longer needed.
     fn append(
         &mut self,
         broker: &Broker,
@@ -240,9 +241,9 @@ impl ShareRecords {
         Ok(ticket)
     }
 
-    /// Makes the members holders whose sessions are not kept, and forgets those that are holders no
-    /// more. A session that ends is a member, and is given messages, until the index is without it.
-    /// Returns what the holders of each share hold, for which each queue is walked once.
+    /// Makes the non-persistent members holders, and removes former holders. An ending session is a
+    /// member, and receives messages, until it is removed from the index. Returns what the holders of
+    /// each share hold, for which each queue is walked once.
     fn gather<'f>(&mut self, broker: &Broker, filters: &[&'f str]) -> HashMap<&'f str, Held> {
         let bytes_max = note_bytes_max(broker.sessions.len() + self.by_filter.len());
         let mut sessions: BTreeMap<u64, Arc<Session>> = BTreeMap::new();
@@ -282,25 +283,26 @@ impl ShareRecords {
     }
 }
 
-/// What the holders of a share hold, and who they are.
+/// What the holders of a share hold, and the holders.
 struct Held {
     holdings: Holdings,
     holders: BTreeSet<u64>,
 }
 
 impl Record {
-    /// Whether it may have to list or name anything.
+    /// Returns whether the record may have to list or name anything.
     fn has_any(&self) -> bool {
         !self.holders.is_empty() || !self.owed.is_empty()
     }
 
-    /// `kept`: number of members whose sessions are kept.
+    /// Returns whether the share needs a record. `kept` is the number of persistent members.
     fn is_needed(&self, kept: usize) -> bool {
         self.has_any() && kept > 0
     }
 
-    /// By stream: all messages below have been offered to the holders. `live`: to those that came since
-    /// the host started. A session that a restart found may still be behind when it is kept no more.
+    /// Returns a position for each stream: all earlier messages have been offered to the holders. `live`
+    /// are the positions for sessions created since the host started. A session that a restart found may
+    /// still be behind when it stops being persistent.
     fn positions(&self, broker: &Broker, live: &[u64]) -> Box<[u64]> {
         let mut positions: Box<[u64]> = live.into();
         for holder in self.holders.values().filter(|holder| holder.is_behind()) {
@@ -315,9 +317,9 @@ impl Record {
 }
 
 impl Live {
-    /// Sees that the shares among the filters have records before `session` joins them, where they need
-    /// one then. Nobody else joins a share until the guard is dropped. Where there is no room for a
-    /// record it is pending.
+    /// Ensures that the shares among the filters have records before `session` joins them, if they need
+    /// one then. No other session joins a share until the guard is dropped. A record for which there is
+    /// no room is pending.
     pub(super) fn join_shares(
         &self,
         broker: &Broker,
@@ -354,7 +356,8 @@ impl Live {
         Some(passed)
     }
 
-    /// Whether a share needs a record that it does not have, once a session joins it that is kept or not.
+    /// Returns whether a share needs a record that it does not have, once a persistent or non-persistent
+    /// session joins it.
     fn needs_record(&self, shares: &ShareRecords, filter: &str, is_kept: bool) -> bool {
         let (kept, unkept) = self.members(filter);
         let record = shares.by_filter.get(filter);
@@ -364,8 +367,8 @@ impl Live {
         is_needed && (!is_written() || shares.pending().due.contains_key(filter))
     }
 
-    /// Has a session end with its connection from now on. Returns once the records of its shares are
-    /// durable that list what it holds; only then may its own notes be removed.
+    /// Makes a session end with its connection from now on. Returns once the records of its shares that
+    /// list what it holds are durable; only then may its own notes be removed.
     pub async fn keep_no_more(&self, broker: &Broker, session: &Arc<Session>) -> Result<(), Stopped> {
         let filters: Vec<Box<str>> = self.hold(session).into_iter().collect();
         for some in filters.chunks(RECORDS_AT_ONCE) {
@@ -374,7 +377,7 @@ impl Live {
         Ok(())
     }
 
-    /// Makes a session that was kept a holder of its shares, which are returned.
+    /// Makes a formerly persistent session a holder of its shares, which are returned.
     fn hold(&self, session: &Arc<Session>) -> BTreeSet<Box<str>> {
         let mut passed = self.passed_to_change();
         let (mut filters, _) = session.outbox().shares(true);
@@ -389,14 +392,14 @@ impl Live {
         filters
     }
 
-    /// The shares that have records.
+    /// Returns the shares that have records.
     pub fn recorded_shares(&self) -> Vec<Box<str>> {
         self.transfers().shares.by_filter.keys().cloned().collect()
     }
 
     /// Replaces the records of some shares by what their holders hold now, or removes those that are not
-    /// needed. Callers repeat it now and then: a restart sends again what came behind the positions of a
-    /// record.
+    /// needed. This is repeated regularly, because a restart sends again the messages behind the
+    /// positions of a record.
     pub fn write_share_records_of(
         &self,
         broker: &Broker,
@@ -405,7 +408,7 @@ impl Live {
         self.passed_to_change().shares.replace(broker, filters, Record::is_needed)
     }
 
-    /// The same for all shares that have one.
+    /// Replaces the records of all shares that have one.
     pub fn write_share_records(&self, broker: &Broker) -> Result<(), AppendError> {
         self.settle(broker)?;
         let filters = self.recorded_shares();
@@ -414,8 +417,8 @@ impl Live {
             .try_for_each(|some| self.write_share_records_of(broker, some).map(drop))
     }
 
-    /// Writes what notes and records do not say yet. Where it is refused for want of room, a session that
-    /// gave something away, or that left a share, must not be removed from the broker stream.
+    /// Writes what notes and records do not contain yet. If this is refused for want of room, a session
+    /// that gave messages away, or that left a share, must not be removed from the broker's stream.
     pub fn settle(&self, broker: &Broker) -> Result<(), AppendError> {
         let is_settled = self.transfers().shares.pending().is_empty();
         match broker.broker.lack() {
@@ -426,7 +429,7 @@ impl Live {
         }
     }
 
-    /// Notes a session that was given messages by another member of a share.
+    /// Notes a session that received messages from another member of a share.
     pub(super) fn note_taker(&self, broker: &Broker, taker: &Arc<Session>) {
         let passed = self.transfers();
         passed.shares.noted(taker);
@@ -435,7 +438,7 @@ impl Live {
         }
     }
 
-    /// The members of a share, by number, that can hold messages and whose sessions are not kept.
+    /// Returns the non-persistent members of a share that can hold messages, by number.
     fn unkept_members(&self, filter: &str) -> BTreeMap<u64, Arc<Session>> {
         let index = self.index();
         let members = index.tree.share(filter).into_iter().flat_map(|share| &share.members);
@@ -443,7 +446,7 @@ impl Live {
         unkept.map(|member| (member.number, member.session.clone())).collect()
     }
 
-    /// Number of members of a share whose sessions are kept, and of those whose are not.
+    /// Returns the numbers of persistent and of non-persistent members of a share.
     fn members(&self, filter: &str) -> (usize, usize) {
         self.index().tree.share(filter).map_or((0, 0), |share| (share.kept, share.unkept))
     }
@@ -456,12 +459,12 @@ struct Heir {
     session: Arc<Session>,
     epoch: u64,
     options: Options,
-    /// When its client was there last.
+    /// When the client was last connected.
     last_us: u64,
 }
 
 impl FoundRecords {
-    /// Reads them from the broker's stream, and removes those that are none.
+    /// Reads the records from the broker's stream, and removes invalid ones.
     pub fn of(stream: &dyn Stream) -> Self {
         let mut found = HashMap::new();
         for (record, value) in stream.state(SHARE) {
@@ -473,8 +476,8 @@ impl FoundRecords {
         Self(found)
     }
 
-    /// Sees a subscription of a kept session. The heir is a member whose client was there when the host
-    /// ended, before all whose clients were away.
+    /// Considers a subscription of a persistent session. The heir is a member whose client was connected
+    /// when the host ended; if there is none, it is another member.
     pub fn see(&mut self, session: &Arc<Session>, epoch: u64, filter: &str, options: Options) {
         let Some((_, heir)) = self.0.get_mut(filter).filter(|_| options.qos > 0) else { return };
         let (.., last_us) = session.presence();
@@ -483,8 +486,8 @@ impl FoundRecords {
         }
     }
 
-    /// Gives each record to its heir by `give`, with the heir's epoch, and removes those that have none.
-    /// Returns the shares with their heirs.
+    /// Passes each record to its heir with `give`, together with the heir's epoch, and removes records
+    /// without an heir. Returns the shares with their heirs.
     pub fn give(
         self,
         stream: &dyn Stream,

@@ -1,9 +1,9 @@
-//! Wakes the connections that deliveries wait for, many at a time.
+//! Wakes many connections for which there are deliveries together.
 //!
-//! A wake from a thread of another runtime takes a lock and mostly a system call. Where
-//! threads share cores, the woken thread also takes the core from the delivery, writes one
-//! message, and gives the core back. Gathered wakes cost a third of that: a subscriber gets
-//! several messages in one write, and the runtime's own threads queue its connections.
+//! A wakeup from a thread of another runtime takes a lock and usually a system call. If threads share
+//! cores, the woken thread also takes the core from live delivery, writes one message, and returns the
+//! core. Gathered wakeups cost a third of that: a subscriber receives several messages in one write, and
+//! the runtime's own threads queue its connections.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -13,14 +13,14 @@ use crate::listeners::mqtt::Broker;
 use crate::listeners::mqtt::outbound::Offer;
 use crate::listeners::mqtt::session::Session;
 
-/// Longest time that a connection waits while a batch has more messages to be delivered.
+/// Longest time that a connection waits while a batch has more messages to deliver.
 const GATHERED_TIME: Duration = Duration::from_millis(1);
-/// Up to so many connections are woken directly: a task that does so would cost as much.
+/// Number of connections up to which they are woken directly, because a task for it would cost as much.
 const FEW: usize = 2;
-/// Number of connections that one task wakes, during which its thread serves no other.
+/// Number of connections that one task wakes, while its thread serves no other.
 const WOKEN_AT_ONCE: usize = 256;
 
-/// Connections that have something to send and have not been woken. Dropping it wakes them.
+/// Connections that have something to send and have not been woken. They are woken when this is dropped.
 pub struct Wakes<'b> {
     broker: &'b Broker,
     sessions: Vec<Arc<Session>>,
@@ -32,8 +32,7 @@ impl<'b> Wakes<'b> {
         Self { broker, sessions: Vec::new(), since: Instant::now() }
     }
 
-    /// Counts what came of a delivery, and gathers the session's connection where that is
-    /// to be woken.
+    /// Counts the result of a delivery, and gathers the session's connection if it must be woken.
     pub(super) fn offered(&mut self, session: &Arc<Session>, offer: Offer) {
         let dropped = |full, count| self.broker.counters.dropped_at(full).increment(count);
         match offer {
@@ -56,7 +55,7 @@ impl<'b> Wakes<'b> {
         self.sessions.push(session.clone());
     }
 
-    /// Wakes the connections where the first of them has waited for [`GATHERED_TIME`].
+    /// Wakes the connections if the first of them has waited for [`GATHERED_TIME`].
     pub(super) fn send_due(&mut self) {
         if !self.sessions.is_empty() && self.since.elapsed() >= GATHERED_TIME {
             self.send();

@@ -1,4 +1,4 @@
-//! CONNECT as it comes from the socket, into what it asks for.
+//! Parses CONNECT.
 
 use bytes::{Buf, BytesMut};
 use rmqtt_codec::v5::{ConnectAckReason, DisconnectReasonCode};
@@ -22,9 +22,9 @@ const BRIDGE: u8 = 0x80;
 
 pub enum Unread {
     Lost,
-    /// With the client's id, as far as it could be read.
+    /// A fault, with the version and the client id as far as they could be read.
     Fault(Fault, Option<Version>, Option<String>),
-    /// MQTT, at a level that we do not know.
+    /// MQTT at an unknown protocol level.
     Level(u8),
 }
 
@@ -93,14 +93,15 @@ pub async fn read_connect<S: AsyncRead + Unpin>(
     }
 }
 
-/// Returns the most bytes of CONNECT, and of AUTH before CONNACK: nobody knows yet who sends them.
+/// Returns the largest size of CONNECT, and of AUTH before CONNACK. It is small because the client is
+/// not known yet.
 pub fn first_packet_bytes_max(broker: &Broker) -> usize {
     let will_bytes_max = broker.config.will_bytes_max.0 as usize;
     broker.packet_bytes_max.min(wire::CONNECT_BYTES_MAX.max(will_bytes_max))
 }
 
-/// Protocol name and level (MQTT 5.0, 3.1.2.1 and 3.1.2.2), and whether a broker connects:
-/// bridges of Mosquitto set the level's highest bit.
+/// Returns the version from protocol name and level (MQTT 5.0, 3.1.2.1 and 3.1.2.2), and whether the
+/// client is a broker: Mosquitto bridges set the level's highest bit.
 fn version(body: &[u8]) -> Result<(Version, bool), Unread> {
     let (level, is_31) = match body {
         [0, 4, b'M', b'Q', b'T', b'T', level, ..] => (*level, false),
@@ -116,7 +117,7 @@ fn version(body: &[u8]) -> Result<(Version, bool), Unread> {
     }
 }
 
-/// `whole` is the packet, its body beginning at `header`.
+/// Parses CONNECT. `whole` is the packet, whose body begins at `header`.
 fn connect(broker: &Broker, version: Version, whole: &mut [u8], header: usize) -> Result<Asked, Fault> {
     let kept_s = u32::try_from(broker.config.session_expiry_max.0.as_secs()).unwrap_or(u32::MAX);
     let fields = wire::check_connect(version, &whole[header..])?;
