@@ -1,11 +1,11 @@
-//! Which copy of each stream the broker's records speak of.
+//! The openings of each stream to which the broker's records refer.
 //!
-//! Notes of sessions, records of QoS 2 packets and copies name a message by stream and offset.
-//! A stream that lost its end, or whose folder is older than the broker's, goes on at offsets
-//! that these records have used for other messages ([`Lineage`]). So the broker's stream has, for
-//! each stream, the openings that the records speak of. A start compares them with the stream's:
-//! what the records say of messages from where the two part on is left out, and written anew,
-//! before the stream's own openings are noted. A crash in between compares again.
+//! Notes of sessions, records of QoS 2 packets and copies name a message by stream and offset. A stream
+//! that lost its end, or whose folder is older than the broker's, continues at offsets that these
+//! records have used for other messages ([`Lineage`]). So the broker's stream stores, for each stream,
+//! the openings to which the records refer. A start compares them with the stream's openings. From the
+//! point at which they diverge, records are ignored and written again, and then the stream's openings
+//! are stored. A crash in between repeats the comparison.
 
 use std::sync::Arc;
 
@@ -15,12 +15,13 @@ use super::session::Change;
 use crate::stream::{Identity, Lineage, Stream};
 use crate::telemetry::Standing;
 
-/// Begins a key of the broker stream's state; the name of a stream follows.
+/// Prefix of a key in the state of the broker's stream, followed by the name of a stream.
 const OPENINGS: &[u8] = b"ol";
-/// Begins a key of the broker stream's state that has the UUID of a stream's log; its name follows.
+/// Prefix of a key in the state of the broker's stream with the UUID of a stream's log, followed by the
+/// stream's name.
 const LOG: &[u8] = b"on";
 
-/// What a start found, until the records are true again.
+/// Result of the comparison at a start, until the records are correct again.
 pub struct Lineages {
     valid: Box<[u64]>,
     changes: Vec<Change>,
@@ -28,7 +29,7 @@ pub struct Lineages {
 }
 
 impl Lineages {
-    /// Compares the records in the `broker`'s stream with what the streams are.
+    /// Compares the records in the broker's stream with the streams.
     pub fn read(broker: &dyn Stream, streams: &[Arc<dyn Stream>]) -> Self {
         let (mut changes, mut other_logs) = (Vec::new(), Vec::new());
         for stream in streams {
@@ -56,29 +57,31 @@ impl Lineages {
         Self { valid, changes, other_logs }
     }
 
-    /// Returns, by stream, up to which offset the records speak of messages that it has.
+    /// Returns, for each stream, the offset up to which the records refer to messages that the stream
+    /// has.
     pub fn valid(&self) -> &[u64] {
         &self.valid
     }
 
-    /// Returns what a person has to know of streams that are not those that the records are of.
+    /// Returns the problems of streams that are not those to which the records refer.
     pub fn other_logs(&self) -> &[Standing] {
         &self.other_logs
     }
 
-    /// Adds what is to be written with the openings.
+    /// Adds a change that must be written together with the openings.
     pub fn change(&mut self, change: Change) {
         self.changes.push(change);
     }
 
-    /// Returns what makes the records those of the streams as they are, to be written once all
-    /// else that they say is true.
+    /// Returns the changes that mark the records as those of the present streams. They are written when
+    /// all records are correct.
     pub fn changes(&self) -> &[Change] {
         &self.changes
     }
 }
 
-/// A stream whose folder is another one than at the start before, beside records of the old one.
+/// Returns the problem of a stream whose folder differs from that of the previous start, while there are
+/// records of the previous one.
 fn other_log(stream: &str, known: Uuid, ours: Uuid) -> Standing {
     Standing {
         part: format!("stream {stream}"),

@@ -1,34 +1,34 @@
 //! The order in which a thread takes the locks of the listener.
 //!
-//! Two threads that take two of these locks in opposite orders wait for each other for ever, and
-//! with them every thread that needs either lock. Each of the locks is therefore taken through
-//! [`in_order`]. Under test it panics where a thread already holds a lock that comes later, so that
-//! every test of the listener tries the order, on however few threads it runs.
+//! If two threads take two of these locks in opposite orders, they wait for each other for ever, and
+//! every thread that needs either lock waits too. Each lock is therefore taken through [`in_order`]. In
+//! tests it panics if the thread already holds a lock that comes later, so that every test of the
+//! listener checks the order.
 
 use std::ops::{Deref, DerefMut};
 
 /// The locks in the order in which they are taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Rank {
-    /// Allows one look at what sessions wait for at a time (`copies.rs`).
+    /// Permits one examination at a time of what sessions wait for (`copies.rs`).
     Looking,
-    /// The messages that members of shares hand to each other (`fanout/pass_on.rs`), and the records of
+    /// Messages that members of shares hand to each other (`fanout/pass_on.rs`), and the records of
     /// shares (`fanout/share_records.rs`).
     Passed,
-    /// The index of subscriptions (`fanout.rs`).
+    /// Index of subscriptions (`fanout.rs`).
     Subscriptions,
-    /// The state of one session (`session.rs`).
+    /// State of one session (`session.rs`).
     State,
-    /// The outbox of one session (`outbound`).
+    /// Outbox of one session (`outbound`).
     Outbox,
-    /// The retained messages.
+    /// Retained messages.
     Retained,
-    /// The map of sessions, the index of copies and a session's open packet ids. Nothing is locked
-    /// below one of them.
+    /// The map of sessions, the index of copies, and a session's open packet ids. No other lock is taken
+    /// while one of them is held.
     Last,
 }
 
-/// A guard, and under test the rank of its lock.
+/// A guard which, in tests, also holds the rank of its lock.
 pub struct Locked<G> {
     guard: G,
     #[cfg(test)]

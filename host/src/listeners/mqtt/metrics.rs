@@ -1,5 +1,5 @@
-//! Counters of the MQTT listener. Handles are made once; the hot path counts
-//! once per read, not per message.
+//! Counters of the MQTT listener. Handles are created once, and the hot path counts once for each read,
+//! not for each message.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
@@ -30,14 +30,15 @@ const TYPES: [&str; 16] = [
     "disconnect",
     "auth",
 ];
-/// What a client sends, what we send; PUBLISH, its acks and AUTH go both ways.
+/// Packet types that clients send, and that the host sends. PUBLISH, its acknowledgements and AUTH are
+/// sent by both.
 const BY_CLIENTS: [usize; 11] = [1, 3, 4, 5, 6, 7, 8, 10, 12, 14, 15];
 const BY_US: [usize; 11] = [2, 3, 4, 5, 6, 7, 9, 11, 13, 14, 15];
-/// Places in [`Counters::bytes`].
+/// Indices in [`Counters::bytes`].
 pub(super) const RECEIVED: usize = 0;
 pub(super) const SENT: usize = 1;
 
-/// Causes and outcomes whose counters are there from the start; the help texts name them.
+/// Causes and outcomes whose counters exist from the start. The help texts list them.
 const DISCONNECTS: &[&str] = &[
     "client",
     "lost",
@@ -92,7 +93,7 @@ const REFUSED_SUBSCRIBES: &[&str] = &[
     "broker_state",
 ];
 const TLS_RELOADS: &[&str] = &["taken", "refused"];
-/// Packets that can say "not authorized" (0x87).
+/// Packets that can carry "not authorized" (0x87).
 const NOT_AUTHORIZED: &[&str] = &["connack", "puback", "pubrec", "suback", "unsuback", "disconnect"];
 
 pub const METRICS: &[Metric] = &[
@@ -338,7 +339,7 @@ pub const METRICS: &[Metric] = &[
     },
 ];
 
-/// A counter that is read back, for `$SYS`.
+/// A counter whose value can be read, for `$SYS`.
 pub(super) struct Count {
     total: AtomicU64,
     metric: Counter,
@@ -362,7 +363,7 @@ impl Count {
 /// Packets of one direction by type.
 pub(super) struct Packets([Count; 16]);
 
-/// Packets of one read or one write by type, counted before they are added.
+/// Packets of one read or one write by type, before they are added to the counters.
 pub(super) type Few = [u32; 16];
 
 impl Packets {
@@ -379,7 +380,7 @@ impl Packets {
         }
     }
 
-    /// `first`: as in the packet's first byte.
+    /// Counts a packet by its first byte.
     pub fn add_one(&self, first: u8) {
         self.0[usize::from(first >> 4)].increment(1);
     }
@@ -393,7 +394,7 @@ impl Packets {
     }
 }
 
-/// A part of a total; taken back when its owner goes.
+/// A part of a total, which is subtracted when this is dropped.
 pub(super) struct Part<'t> {
     total: &'t AtomicI64,
     own: i64,
@@ -422,7 +423,7 @@ impl Drop for Part<'_> {
 pub(super) struct Counters {
     pub received: Packets,
     pub sent: Packets,
-    /// Received, sent.
+    /// Bytes received and sent.
     pub bytes: [Count; 2],
     pub sockets: Count,
     pub acks_waiting: AtomicI64,
@@ -470,7 +471,7 @@ struct Gauges {
     copies_bytes: Gauge,
 }
 
-/// What is found by looking at every session.
+/// Values that are determined by examining every session.
 #[derive(Debug, Default)]
 pub(super) struct Measured {
     pub sessions: usize,
@@ -554,14 +555,14 @@ impl Counters {
         }
     }
 
-    /// Messages that a subscriber, or with QoS 0 the stream, did not get.
+    /// Returns the number of messages that a subscriber, or with QoS 0 the stream, did not receive.
     pub fn dropped(&self) -> u64 {
         let full = [&self.no_space, &self.queue_full, &self.queues_full];
         let causes = full.into_iter().chain([&self.queue_age, &self.packet_too_large, &self.gap]);
         causes.map(Count::get).sum()
     }
 
-    /// Returns the counter of messages that met this bound.
+    /// Returns the counter of messages that exceeded this bound.
     pub fn dropped_at(&self, full: Full) -> &Count {
         match full {
             Full::Queue => &self.queue_full,
@@ -584,7 +585,7 @@ impl Counters {
         }
     }
 
-    /// Counts whole packets that are on their way to a client.
+    /// Counts whole packets that are sent to a client.
     pub fn sending(&self, version: Version, mut packets: &[u8]) {
         if packets.is_empty() {
             return;
@@ -612,7 +613,7 @@ impl Counters {
         counter!("headworks_mqtt_refusals_total", "packet" => packet, "code" => code).increment(1);
     }
 
-    /// Sets the gauges that nobody keeps.
+    /// Sets the gauges that are not updated continuously.
     pub fn set_gauges(&self, measured: &Measured) {
         let gauges = &self.gauges;
         let acks_waiting = self.acks_waiting.load(Ordering::Relaxed).max(0) as f64;
@@ -650,7 +651,7 @@ impl Counters {
     }
 }
 
-/// Sets the gauges of the rooms, each with the name of what takes it.
+/// Sets the gauges of memory use, each with the name of its use.
 pub fn set_memory(rooms: [(&'static str, &Room); 3]) {
     for (of, room) in rooms {
         gauge!("headworks_mqtt_memory_bytes", "of" => of).set(room.taken() as f64);

@@ -1,12 +1,11 @@
-//! MQTT 3.1.1 and 5.0 on one port.
+//! The MQTT listener: MQTT 3.1.1 and 5.0 on the same port.
 //!
-//! A publish goes from the socket's read buffer into its stream in one append
-//! per read ([`inbound`]), and its ack goes out when the stream is durable
-//! ([`acks`]). Subscribers are fed from the streams' durable tails ([`fanout`]).
-//! Who may do what is [`crate::access`]'s: asked by [`handshake`] and for each topic.
-//! Sessions and QoS 2 packet ids are state of the streams ([`session`]).
-//! So are retained messages ([`retained`]), wills ([`will`]), and how far each
-//! session's queue ([`outbound`]) has come.
+//! Publishes go from the socket's read buffer into their stream, with one append for each read
+//! ([`inbound`]). Their acknowledgements are sent when the stream is durable ([`acks`]). Subscribers
+//! receive messages from the durable tails of the streams ([`fanout`]). [`crate::access`] authenticates
+//! clients and decides about each topic; [`handshake`] calls it first. Sessions and QoS 2 packet ids are
+//! state of the streams ([`session`]), and so are retained messages ([`retained`]), wills ([`will`]),
+//! and how far the queue of each session ([`outbound`]) has come.
 
 mod acks;
 mod activity;
@@ -94,37 +93,38 @@ pub use self::copies::READER;
 pub use self::metrics::METRICS;
 pub use self::takeovers::ContendedId;
 
-/// Key of the broker stream's state.
+/// Key in the state of the broker's stream.
 const ACCESS_SECRET: &[u8] = b"ac";
-/// Bytes of the broker stream's state that new sessions and subscriptions leave free, for
-/// what those that there are note of their deliveries.
+/// Bytes of the broker's stream state that new sessions and subscriptions must leave free for the
+/// delivery records of existing ones.
 const STATE_ROOM_BYTES: usize = 8 << 20;
 /// Bytes of filters that one session may have in the second half of that state.
 const STATE_SHARE_BYTES: usize = 16 << 10;
-/// Memory that the host is taken to have where the system does not say.
+/// Assumed memory of the host if the system does not report it.
 const UNKNOWN_MEMORY_BYTES: u64 = 1 << 30;
-/// The part of the memory of all queues that messages take in turn, each of which its client needs to
-/// get on and for which there is no memory otherwise.
+/// Divisor for the part of the memory of all queues that is lent in turn to messages which a client
+/// needs to make progress and for which there is no other memory.
 const PERMITS_PART: usize = 8;
-/// Between two looks at the files that clients are known by.
+/// Interval of checks of the files of users and keys.
 const ACCESS_LOOK_EVERY: Duration = Duration::from_secs(1);
-/// Between two looks for expired sessions.
+/// Interval of checks for expired sessions.
 const SWEEP_EVERY: Duration = Duration::from_secs(10);
-/// The clock is saved each time after so many of them.
+/// Number of those checks after which the clock is saved.
 const SWEEPS_PER_SAVED_CLOCK: u64 = 360;
 
-/// A shutdown waits for connections so long: one that is left loses nothing that was acknowledged.
+/// How long a shutdown waits for connections. A connection that is left loses nothing that was
+/// acknowledged.
 const JOIN_MAX: Duration = Duration::from_secs(10);
 
-/// What the listener stands on.
+/// Dependencies of the listener.
 pub struct Deps {
     pub ingest: Arc<Ingest>,
-    /// For the broker's own durable state, and copies of messages that wait for sessions.
+    /// Stream for the broker's own durable state, and for copies of messages that wait for sessions.
     pub broker: Arc<dyn Stream>,
     pub failures: Failures,
-    /// For access plugins; `None`: there are none.
+    /// Engine for access plugins; `None` if there are none.
     pub access_plugins: Option<AccessEngine>,
-    /// Threads that come after those of the connections: see [`Broker::in_background`].
+    /// Runtime with a lower priority than that of the connections: see [`Broker::in_background`].
     pub background: runtime::Handle,
     pub clock: ClockSource,
     pub shutdown: CancellationToken,
@@ -140,7 +140,7 @@ pub enum Error {
     Copies(Arc<str>),
 }
 
-/// A running listener; ends after its shutdown token is cancelled.
+/// A running listener. It ends after its shutdown token is cancelled.
 pub struct Handle {
     addresses: Vec<Bind>,
     tasks: TaskTracker,
@@ -149,7 +149,7 @@ pub struct Handle {
 }
 
 impl Handle {
-    /// In the order of the configuration, with the ports that were taken.
+    /// Returns the bound addresses with their actual ports, in the order of the configuration.
     pub fn addresses(&self) -> &[Bind] {
         &self.addresses
     }
@@ -158,17 +158,17 @@ impl Handle {
         self.clients.clone()
     }
 
-    /// Returns who may do what, for the other listeners: a user has one set of rights and limits.
+    /// Returns access control for the other listeners, because a user has one set of rights and limits.
     pub fn access(&self) -> Arc<Access> {
         self.clients.0.access.clone()
     }
 
-    /// Returns the list of clients that were refused, for the other listeners.
+    /// Returns the list of refused clients, which all listeners share.
     pub fn refused_clients(&self) -> Arc<RefusedClients> {
         self.clients.0.refused_clients.clone()
     }
 
-    /// Returns when every connection has ended, or after [`JOIN_MAX`].
+    /// Waits until every connection has ended, for at most [`JOIN_MAX`].
     pub async fn join(self) {
         let ended = async {
             for task in self.accepting {
@@ -188,7 +188,7 @@ impl Handle {
     }
 }
 
-/// Loads the sessions, binds, serves.
+/// Loads the sessions, binds the addresses, and begins to serve.
 pub async fn start(config: &Config, deps: Deps) -> Result<Handle, Error> {
     // Before anything that may need room in the broker's stream.
     let mut lineages = Lineages::read(&*deps.broker, deps.ingest.streams());
@@ -254,7 +254,8 @@ pub async fn start(config: &Config, deps: Deps) -> Result<Handle, Error> {
     Ok(Handle { addresses, accepting, tasks, clients: Clients(broker) })
 }
 
-/// Fails where an address is taken, without listening at it, so that a start can fail before it made anything.
+/// Fails if an address is in use, without listening on it, so that a start can fail before it creates
+/// anything.
 pub fn try_addresses(config: &Config) -> Result<(), Error> {
     for endpoint in &config.listeners {
         transport::try_address(&endpoint.bind)?;
@@ -262,7 +263,7 @@ pub fn try_addresses(config: &Config) -> Result<(), Error> {
     Ok(())
 }
 
-/// Ends expired sessions; at shutdown tells every connection.
+/// Ends expired sessions. At shutdown, notifies every connection.
 async fn keep_house(broker: Arc<Broker>) {
     for sweep in 1.. {
         tokio::select! {
@@ -283,7 +284,7 @@ async fn keep_house(broker: Arc<Broker>) {
     }
 }
 
-/// Has changed files of users and keys read, also while nobody connects.
+/// Reads changed files of users and keys again, even if no client connects.
 async fn keep_access(broker: Arc<Broker>) {
     loop {
         tokio::select! {
@@ -297,18 +298,18 @@ async fn keep_access(broker: Arc<Broker>) {
     }
 }
 
-/// What all connections share.
+/// State that all connections share.
 struct Broker {
     config: Config,
     packet_bytes_max: usize,
     ingest: Arc<Ingest>,
-    /// Those of `ingest`; the parts of the listener know them by number.
+    /// The streams of `ingest`. The listener refers to them by index.
     streams: Arc<[Arc<dyn Stream>]>,
     identities: Arc<[Identity]>,
     broker: Arc<dyn Stream>,
     failures: Failures,
     access: Arc<Access>,
-    /// The threads that serve connections.
+    /// The runtime that serves connections.
     connections: runtime::Handle,
     background: runtime::Handle,
     clock: Clock,
@@ -316,30 +317,30 @@ struct Broker {
     sessions: Sessions,
     live: Live,
     copies: Copies,
-    /// Until the records are true of the streams: see [`Broker::renew_records`].
+    /// Present until the records match the streams: see [`Broker::renew_records`].
     lineages: Mutex<Option<Lineages>>,
-    /// Turns to read for subscribers what waits in the streams.
+    /// Turns for reading queued messages from the streams.
     loads: Arc<Semaphore>,
-    /// Permits to hold packets that have come in part.
+    /// Permits for partly received packets.
     incoming_permits: Arc<Permits>,
-    /// Permits to hold messages that find no memory on their way to a client.
+    /// Permits for outgoing messages for which there is no memory.
     outgoing_permits: Arc<Permits>,
     rooms: Rooms,
     retained: Mutex<Retained>,
     wills: Wills,
     clients: AtomicI64,
-    /// A connection has ended.
+    /// Notified when a connection has ended.
     connection_ended: Notify,
     refused_clients: Arc<RefusedClients>,
     takeovers: Takeovers,
-    /// The most at one time.
+    /// The largest number of connected clients at one time.
     clients_most: AtomicU64,
     totals: Totals,
     sys: Sys,
     counters: Counters,
 }
 
-/// Memory of all clients together, by what takes it.
+/// Memory of all clients together, by use.
 #[derive(Clone)]
 struct Rooms {
     queues: Arc<Room>,
@@ -361,13 +362,13 @@ impl Rooms {
         }
     }
 
-    /// Returns the rooms with the names that the metrics give them.
+    /// Returns the rooms with their names in the metrics.
     fn named(&self) -> [(&'static str, &Room); 3] {
         [("queues", &self.queues), ("subscriptions", &self.subscriptions), ("connections", &self.connections)]
     }
 }
 
-/// Over all sessions, when it was last looked.
+/// Sums over all sessions, as of the last examination.
 #[derive(Default)]
 struct Totals {
     queued: AtomicU64,
@@ -449,9 +450,9 @@ impl Broker {
         broker
     }
 
-    /// Writes anew what the records say that is not true of the streams any more, and then which
-    /// openings they speak of. Where there is no room it is done later: until then a restart
-    /// compares with the openings of before, so that messages come again and none is skipped.
+    /// Writes records again that no longer match the streams, and then the openings to which they refer.
+    /// If there is no room, this is done later. Until then a restart compares with the former openings,
+    /// so that messages may be duplicated and none is skipped.
     fn renew_records(&self) -> Result<(), AppendError> {
         let mut lineages = self.lineages.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(found) = &*lineages else { return Ok(()) };
@@ -470,13 +471,13 @@ impl Broker {
         Ok(())
     }
 
-    /// Whether the broker's stream takes more sessions and subscriptions.
+    /// Returns whether the broker's stream has room for more sessions and subscriptions.
     fn has_state_room(&self) -> bool {
         self.broker.state_room() >= STATE_ROOM_BYTES
     }
 
-    /// Bytes of filters that a session may have in the state. Few clients that take
-    /// all that they may cannot use up the half that is for the small ones.
+    /// Returns the bytes of filters that a session may have in the state. A few clients with the largest
+    /// allowed number cannot use up the half that is for small ones.
     fn state_share(&self) -> usize {
         match self.broker.state_room() {
             room if room < STATE_ROOM_BYTES => 0,
@@ -485,7 +486,7 @@ impl Broker {
         }
     }
 
-    /// To be called before times are looked at that were stamped just now.
+    /// Checks the clock. Must be called before recent time stamps are evaluated.
     fn check_clock(&self) {
         if let Some(jump) = self.clock.check() {
             self.clock_jumped(jump);
@@ -509,8 +510,8 @@ impl Broker {
         outbound::note_bytes_max(self.sessions.len())
     }
 
-    /// Acks that may wait before a connection is read no further. MQTT 5
-    /// clients know their bound and are refused past it, so that theirs is out of reach.
+    /// Returns the number of pending acknowledgements at which a connection is no longer read. MQTT 5
+    /// clients are told their bound and are disconnected beyond it, so this bound is out of their reach.
     #[inline]
     fn waiting_acks_max(&self, version: Version) -> usize {
         match version {
@@ -523,8 +524,8 @@ impl Broker {
         in_order(Rank::Retained, || self.retained.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Counts a connection without a client for its cause, reports it as `kind`, and lists it: `who`
-    /// where the client showed who it is.
+    /// Counts a refused connection under its cause, reports it as `kind`, and adds it to the list of
+    /// refused clients, with `who` if the client presented a name.
     fn refuse(
         &self,
         cause: &'static str,
@@ -551,7 +552,7 @@ impl Broker {
         }
     }
 
-    /// Looks at every session for the sums that nobody keeps.
+    /// Examines every session for the sums that are not updated continuously.
     fn measure(&self) {
         let sessions = self.sessions.all();
         let (retained, retained_bytes) = self.retained().sizes();
@@ -578,9 +579,9 @@ impl Broker {
         metrics::set_memory(self.rooms.named());
     }
 
-    /// Runs on the threads in the background, which give way to those that serve the
-    /// connections: what takes a lock that the live delivery holds, or walks a queue. It
-    /// goes on, with what it was given, where nobody waits for it any more.
+    /// Runs work on the background threads, which yield to those that serve connections. This is for
+    /// work that takes a lock which live delivery holds, or that walks a queue. The work continues even
+    /// if its caller no longer waits.
     async fn in_background<T: Send + 'static>(&self, work: impl Future<Output = T> + Send + 'static) -> T {
         match self.background.spawn(in_turns(SHORT_TURN, work)).await {
             Ok(done) => done,
@@ -592,13 +593,13 @@ impl Broker {
         }
     }
 
-    /// Appends changes of state, waiting for room, and waits until they are
-    /// durable; at shutdown no longer than `drain_timeout`.
+    /// Appends changes of state, waits for room, and waits until they are durable; at shutdown for at
+    /// most `drain_timeout`.
     async fn append_durable(&self, stream: &dyn Stream, changes: &[Change]) -> Result<(), Stopped> {
         self.durable(stream, || append(stream, changes)).await
     }
 
-    /// The same for what `append` appends, however often there is no room.
+    /// Calls `append` until there is room, and waits until the result is durable.
     async fn durable(
         &self,
         stream: &dyn Stream,
@@ -631,8 +632,8 @@ async fn append_and_wait(
     durable.wait_for(|durable| *durable >= ticket).await.map(drop).map_err(|_| Stopped)
 }
 
-/// What access control answers for users that do not exist comes from this, so
-/// that it stays the same for as long as the data folder.
+/// Returns the secret from which answers for unknown users are derived, so that they stay the same as
+/// long as the data folder exists.
 async fn access_secret(broker: &dyn Stream) -> Result<[u8; 32], Error> {
     let kept = broker.state(ACCESS_SECRET).into_iter().find_map(|(_, value)| value.try_into().ok());
     if let Some(secret) = kept {
@@ -648,8 +649,7 @@ async fn access_secret(broker: &dyn Stream) -> Result<[u8; 32], Error> {
     Ok(secret)
 }
 
-/// Appends changes that nothing depends on: a refusal leaves what the next
-/// start removes.
+/// Appends changes on which nothing depends. What a refused change leaves is removed at the next start.
 fn append_unawaited(stream: &dyn Stream, changes: &[Change]) {
     if !changes.is_empty() {
         let _ = append(stream, changes);
@@ -664,8 +664,8 @@ fn borrowed(changes: &[Change]) -> Vec<StateChange<'_>> {
     changes.iter().map(|(key, value)| StateChange { key, value: value.as_deref() }).collect()
 }
 
-/// Microseconds since 1970, UTC, by the wall clock: for messages and for people. What
-/// ages does so by [`Clock`].
+/// Returns microseconds since 1970, UTC, of the wall clock, for messages and for people. Ages are
+/// measured with [`Clock`].
 fn now_us() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros() as u64)
 }

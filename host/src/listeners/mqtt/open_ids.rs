@@ -1,13 +1,12 @@
-//! QoS 2 packet ids that clients have not released yet.
+//! QoS 2 packet ids that clients have not released.
 //!
-//! Those of persistent sessions are state of a stream, which is bounded: so are
-//! all of them together. A client that finds no room waits with its publish, and
-//! goes on when an id is released, its own or another's. One that has none open
-//! always gets one: however many others hold, it goes on, one message at a time.
+//! Ids of persistent sessions are state of a stream, whose size is limited, so their total number is
+//! limited too. A client for whose publish there is no room waits until an id is released, by itself or
+//! by another client. A client without an open id always gets one, so that it can proceed one message at
+//! a time, however many ids others hold.
 //!
-//! An id whose release is not durable yet is known until it is: a crash would open
-//! it again, so that a client that sends its PUBREL again must be answered no
-//! sooner than the first time.
+//! An id whose release is not durable is remembered until it is: a crash would open it again, so a
+//! client that repeats its PUBREL must not be answered earlier than the first time.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, DefaultHasher};
@@ -22,25 +21,25 @@ use crate::batch::flags;
 use crate::properties::{self, Origin, facts};
 use crate::stream::Ticket;
 
-/// Most ids of all clients, beside the first of each. 17 bytes of state each: with retained
-/// messages and wills they fit in a stream's state (`STATE_BYTES_MOST`).
+/// Most ids of all clients, besides the first of each. An id takes 17 bytes of state: with retained
+/// messages and wills, the ids fit into a stream's state (`STATE_BYTES_MOST`).
 pub const OPEN_IDS_MAX: usize = if cfg!(test) { 50 } else { 1_000_000 };
 
-/// Where the message of a QoS 2 packet id went.
+/// Place of the message of a QoS 2 packet id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Received {
     pub stream: usize,
-    /// Ticket of the append that opened it, or that releases it; `None` while that is still being gathered.
+    /// Ticket of the append that opened or releases the id; `None` while that append is being prepared.
     pub ticket: Option<Ticket>,
-    /// `None` for an id that 0.1.0 opened.
+    /// Hash of the message; `None` for an id that 0.1.0 opened.
     pub content: Option<Content>,
 }
 
-/// Tells whether a publish with an open packet id is the message that opened it, whatever DUP
-/// says. A device that lost its store begins with ids that its session knows, and marks a message
-/// as sent before that never arrived. Two different messages are taken for the same once in 2^32.
-/// Topic, payload, RETAIN and properties make a message, but not its expiry, which a device may
-/// count down before it sends a message again.
+/// Hash that tells whether a publish with an open packet id repeats the message that opened it, whatever
+/// DUP says. A device that lost its state starts again with ids that its session knows, and sets DUP on
+/// a message that never arrived. Two different messages have the same hash once in 2^32. The hash covers
+/// topic, payload, RETAIN and properties, but not the expiry, which a device may count down before it
+/// sends a message again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Content([u8; 4]);
 
@@ -67,28 +66,28 @@ impl Content {
     }
 }
 
-/// What a session knows of a packet id.
+/// State of a packet id in a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Known {
-    /// The client has not released it.
+    /// The client has not released the id.
     Open(Received),
-    /// The removal of its record is not known to be durable. PUBCOMP waits for it, and so does a
-    /// message of another stream that uses the id. The number of these is bounded by the commit
-    /// buffers that the removals wait in, and by the acks that may wait.
+    /// The removal of the id's record is not known to be durable. PUBCOMP waits for it, and so does a
+    /// message in another stream that uses the id. The number of these ids is limited by the commit
+    /// buffers in which the removals wait, and by the number of pending acknowledgements.
     Releasing(Received),
 }
 
 /// The packet ids of one session.
 pub struct OpenIds {
-    /// Without a hash key of its own, which each session would hold: a packet id has too few values for
-    /// a client to choose many that collide.
+    /// Ids by number. The map has no hash key of its own, which would take memory in each session: a
+    /// packet id has too few values for a client to choose many that collide.
     ids: HashMap<u16, Known, BuildHasherDefault<DefaultHasher>>,
-    /// Number of ids that are open.
+    /// Number of open ids.
     open: usize,
     room: Arc<OpenIdsRoom>,
 }
 
-/// For those of all sessions.
+/// Room for the ids of all sessions.
 #[derive(Default)]
 pub struct OpenIdsRoom {
     open: AtomicUsize,
@@ -96,13 +95,13 @@ pub struct OpenIdsRoom {
 }
 
 impl Received {
-    /// An ack for this id waits at least for this ticket; for an id that is
-    /// being gathered the append to come is later than any.
+    /// Returns the earliest ticket for which an acknowledgement of this id may wait. For an id whose
+    /// append is being prepared, that is the coming append.
     pub fn least(self) -> Ticket {
         self.ticket.unwrap_or_default()
     }
 
-    /// Whether its append is durable where `durable` is the ticket of its stream.
+    /// Returns whether the append is durable, given the durable ticket of its stream.
     pub fn is_durable(self, durable: Ticket) -> bool {
         self.ticket.is_some_and(|ticket| ticket <= durable)
     }
@@ -121,7 +120,7 @@ impl OpenIds {
         Self { ids: HashMap::default(), open: 0, room }
     }
 
-    /// Whether one more may be opened.
+    /// Returns whether another id may be opened.
     pub fn has_room(&self) -> bool {
         self.open == 0 || self.room.is_there()
     }
@@ -130,7 +129,7 @@ impl OpenIds {
         self.ids.get(&id).copied()
     }
 
-    /// Returns where the message of an open id went.
+    /// Returns the place of the message of an open id.
     pub fn get(&self, id: u16) -> Option<Received> {
         match self.known(id) {
             Some(Known::Open(received)) => Some(received),
@@ -138,7 +137,7 @@ impl OpenIds {
         }
     }
 
-    /// Returns where the release of an id went that may not be durable yet.
+    /// Returns the place of an id's release that may not be durable yet.
     pub fn releasing(&self, id: u16) -> Option<Received> {
         match self.known(id) {
             Some(Known::Releasing(received)) => Some(received),
@@ -146,7 +145,7 @@ impl OpenIds {
         }
     }
 
-    /// Returns the ids that are open.
+    /// Returns the open ids.
     pub fn all(&self) -> Vec<(u16, Received)> {
         let open = self.ids.iter().filter_map(|(id, known)| match known {
             Known::Open(received) => Some((*id, *received)),
@@ -155,40 +154,38 @@ impl OpenIds {
         open.collect()
     }
 
-    /// Opens an id; returns what was known of it, for [`OpenIds::put_back`].
+    /// Opens an id. Returns its previous state, for [`OpenIds::put_back`].
     pub fn open(&mut self, id: u16, received: Received) -> Option<Known> {
         self.set(id, Some(Known::Open(received)))
     }
 
-    /// Notes the ticket of the append that opens or releases an id.
+    /// Records the ticket of the append that opens or releases an id.
     pub fn appended(&mut self, id: u16, ticket: Ticket) {
         if let Some(known) = self.ids.get_mut(&id) {
             known.received().ticket = Some(ticket);
         }
     }
 
-    /// Releases an id; returns what was known of it while it was open. The ticket comes with
-    /// the append.
+    /// Releases an id, and returns its open state. The ticket follows with the append.
     pub fn release(&mut self, id: u16) -> Option<Received> {
         let released = self.get(id)?;
         self.set(id, Some(Known::Releasing(Received { ticket: None, ..released })));
         Some(released)
     }
 
-    /// Takes back a change of an id whose append no stream took: what was known before it is
-    /// known again.
+    /// Takes back a change of an id that no stream accepted, by restoring the previous state.
     pub fn put_back(&mut self, id: u16, before: Option<Known>) {
         self.set(id, before);
     }
 
-    /// Forgets the release of an id if it is durable where `durable` is the stream's ticket.
+    /// Forgets the release of an id if it is durable, given the durable ticket of its stream.
     pub fn released(&mut self, id: u16, stream: usize, durable: Ticket) {
         if self.releasing(id).is_some_and(|it| it.stream == stream && it.is_durable(durable)) {
             self.ids.remove(&id);
         }
     }
 
-    /// Forgets the releases that are durable; `durable` has the ticket of each stream.
+    /// Forgets all durable releases, given the durable ticket of each stream.
     pub fn settle(&mut self, durable: &[Ticket]) {
         self.ids.retain(|_, known| match known {
             Known::Open(_) => true,
@@ -196,7 +193,7 @@ impl OpenIds {
         });
     }
 
-    /// Forgets all ids; returns those that were open.
+    /// Forgets all ids, and returns those that were open.
     pub fn release_all(&mut self) -> Vec<(u16, Received)> {
         let open = self.all();
         self.room.free(std::mem::take(&mut self.open));
@@ -226,7 +223,7 @@ impl OpenIds {
 }
 
 impl OpenIdsRoom {
-    /// Returns once there is room. Safe to drop.
+    /// Waits until there is room. Cancel safe.
     pub async fn freed(&self) {
         loop {
             let mut freed = pin!(self.freed.notified());

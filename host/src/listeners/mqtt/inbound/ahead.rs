@@ -1,6 +1,7 @@
-//! What is taken in although the packet at the front is not: the client's acks and its PINGREQs.
-//! Neither depends on what stands before it. Without the acks, deliveries would end with the
-//! client's window, and what it has acknowledged would come again to its next connection.
+//! Acknowledgements and PINGREQ packets of the client that are processed although the packet at the
+//! front waits. They do not depend on earlier packets. If acknowledgements waited too, deliveries would
+//! stop when the client's window is used up, and messages that it has acknowledged would be sent again
+//! on its next connection.
 
 use bytes::BytesMut;
 
@@ -9,7 +10,8 @@ use crate::listeners::mqtt::Broker;
 use crate::listeners::mqtt::outbound::Acked;
 use crate::listeners::mqtt::wire::{self, Fault, Frame};
 
-/// How far the input was looked through, from its front. What lies before is passed over in its turn.
+/// Offset from the front up to which the input was searched. The packets before it are skipped when it
+/// is their turn.
 #[derive(Default)]
 pub struct Ahead {
     acks: usize,
@@ -17,7 +19,7 @@ pub struct Ahead {
 }
 
 impl Ahead {
-    /// So many bytes are gone from the front.
+    /// Records that `len` bytes were removed from the front.
     pub fn passed(&mut self, len: usize) {
         self.acks = self.acks.saturating_sub(len);
         self.pings = self.pings.saturating_sub(len);
@@ -33,7 +35,7 @@ impl Ahead {
 }
 
 impl Inbound {
-    /// The input is held up at its front: takes the client's acks from all of it.
+    /// Processes the client's acknowledgements in the whole input while its first packet waits.
     pub(super) fn take_acks_ahead(&mut self, broker: &Broker, bytes: &[u8], out: &mut BytesMut) {
         while let Ok(Some(frame)) = wire::frame(&bytes[self.ahead.acks..], broker.packet_bytes_max) {
             match self.version.first(frame.first) {
@@ -49,7 +51,7 @@ impl Inbound {
         }
     }
 
-    /// The client acknowledges a delivery.
+    /// Handles an acknowledgement of a delivery.
     pub(super) fn acked(&self, frame: Frame<'_>, out: &mut BytesMut) -> Result<(), Fault> {
         let (packet_id, code) = wire::ack(self.version, &frame)?;
         match self.session.outbox().acked(frame.first, packet_id, code) {

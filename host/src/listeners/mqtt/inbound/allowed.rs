@@ -1,6 +1,5 @@
-//! Whether a packet is allowed: what is refused, and what the access plugin
-//! must be asked first. A packet that waits for that stays at the front of what
-//! was read, whole, until there is an answer.
+//! Checks whether a packet is allowed. A packet about which the access plugin must be asked first stays
+//! at the front of the input until there is an answer.
 
 use std::collections::BTreeSet;
 
@@ -14,21 +13,21 @@ use crate::listeners::mqtt::wire::{self, Fault, Publish, Version};
 use crate::stream::Ticket;
 use crate::topic;
 
-/// Longer topics are looked up each time.
+/// Longest topic that is remembered. Longer topics are looked up each time.
 const ALLOWED_TOPIC_BYTES_MAX: usize = 256;
 
-/// Why a publish is not taken.
+/// Why a publish is not accepted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Refusal {
     Dollar,
     Levels,
     NotAuthorized,
-    /// Not now: it must be asked first.
+    /// The access plugin must be asked first.
     Unanswered,
 }
 
 impl Inbound {
-    /// What the rules and limits say of a publish; `None` where it is taken.
+    /// Returns why the rules or limits refuse a publish; `None` if they accept it.
     pub(super) fn refusal(&mut self, broker: &Broker, topic: &str) -> Option<Refusal> {
         if topic::is_reserved(topic) {
             return Some(Refusal::Dollar);
@@ -51,8 +50,8 @@ impl Inbound {
         None
     }
 
-    /// MQTT 3.1.1 has no way to say no: a publish is acknowledged and dropped,
-    /// or the connection ends. Topics below `$SYS` and `$share` are the broker's own.
+    /// Refuses a publish. MQTT 3.1.1 cannot report a refusal: the publish is acknowledged and dropped,
+    /// or the connection ends. Topics below `$SYS` and `$share` are reserved for the broker.
     pub(super) fn refuse(
         &mut self,
         broker: &Broker,
@@ -96,8 +95,8 @@ impl Inbound {
         Ok(())
     }
 
-    /// Has the plugin asked for `topic`, and for the topics of the publishes
-    /// behind it that will have to be asked for.
+    /// Asks the access plugin about `topic`, and about the topics of later publishes that need an
+    /// answer.
     pub(super) fn ask_to_publish(&mut self, broker: &Broker, topic: &str, mut behind: &[u8]) {
         self.asks = true;
         if self.rights.is_asking() {
@@ -121,18 +120,19 @@ impl Inbound {
         self.rights.ask(Act::Publish, topics.into_iter().map(Into::into).collect());
     }
 
-    /// Has the plugin asked what deliveries wait for.
+    /// Asks the access plugin about topics for which deliveries wait.
     pub fn ask_to_receive(&mut self, topics: Vec<Box<str>>) {
         self.rights.ask(Act::Receive, topics);
     }
 
-    /// The packet at the front is a SUBSCRIBE, and waits until these are answered.
+    /// Asks the access plugin about the filters of the SUBSCRIBE at the front, which waits for the
+    /// answers.
     pub fn ask_to_subscribe(&mut self, filters: Vec<Box<str>>) {
         self.asks = true;
         self.rights.ask(Act::Subscribe, filters);
     }
 
-    /// There are answers: what waited is looked at again.
+    /// Continues with the packet that waited, since there are answers.
     pub fn go_on(&mut self) {
         self.asks = false;
     }

@@ -1,5 +1,5 @@
-//! What one read brought goes into its streams: one append for each, whose
-//! ticket the acks wait for.
+//! Appends the messages of one read to their streams. There is one append for each stream, and its
+//! acknowledgements wait for the ticket.
 
 use rmqtt_codec::v5::DisconnectReasonCode;
 
@@ -14,7 +14,7 @@ use crate::listeners::mqtt::wire::Fault;
 use crate::stream::{NewMessage, StateChange};
 
 impl Inbound {
-    /// One append per stream.
+    /// Makes one append for each stream.
     pub(super) fn append(
         &mut self,
         broker: &Broker,
@@ -143,7 +143,7 @@ impl Inbound {
         Ok(())
     }
 
-    /// Offers again what a stream had no room for.
+    /// Tries again to append what a stream had no room for.
     pub fn retry(&mut self, broker: &Broker) -> Result<(), Trouble> {
         let stalled = std::mem::take(&mut self.stalled);
         let mut result = Ok(());
@@ -160,7 +160,7 @@ impl Inbound {
     }
 }
 
-/// Puts back what was known of each id, the last change first: an id may have been received,
+/// Restores the previous state of each id, the last change first, because an id may have been received,
 /// released and received again.
 pub fn undo<'o>(session: &Session, owed: impl DoubleEndedIterator<Item = &'o Owed>) {
     let mut received = session.received();
@@ -173,8 +173,8 @@ pub fn undo<'o>(session: &Session, owed: impl DoubleEndedIterator<Item = &'o Owe
     }
 }
 
-/// What the listener says of the client with each of its messages. Its id is left out where the topic
-/// names the device and nobody asks for the client.
+/// Appends the facts about the client to the properties of a message. The client id is left out if the
+/// topic names the device and the client id is not requested.
 #[inline]
 pub fn push_sender(
     out: &mut Vec<u8>,
@@ -187,7 +187,7 @@ pub fn push_sender(
     facts::push_sender(out, says_id.then_some(client_id), identity);
 }
 
-/// Counts what a stream took. Returns the bytes of the payloads.
+/// Counts messages that a stream accepted. Returns the bytes of their payloads.
 pub fn taken_in(broker: &Broker, messages: &[NewMessage<'_>]) -> u64 {
     let Taken { by_qos, bytes, outside_namespace } = Taken::of(messages);
     for (counter, count) in broker.counters.publishes.iter().zip(by_qos).filter(|(_, count)| *count > 0) {

@@ -1,5 +1,5 @@
-//! What one connection takes of the memory of all connections: the topic aliases that its client
-//! set, what its streams had no room for, and its buffers.
+//! One connection's part of the memory of all connections: topic aliases that its client set, messages
+//! for which streams had no room, and buffers.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use rmqtt_codec::v5::DisconnectReasonCode;
 use crate::listeners::mqtt::wire::Fault;
 use crate::room::{Holding, Room};
 
-/// About the number of bytes that an alias takes beside its topic.
+/// Approximate memory of an alias besides its topic.
 const ALIAS_BYTES: usize = 32;
 
 pub struct Memory {
@@ -21,7 +21,7 @@ pub struct Memory {
 
 #[derive(Default)]
 struct Aliases {
-    /// The topics by the number of their alias, from 1 on.
+    /// Topics by the number of their alias, from 1.
     topics: Vec<Option<Arc<str>>>,
     bytes: usize,
 }
@@ -32,18 +32,18 @@ impl Memory {
         Self { aliases: None, stalled_bytes: 0, buffers_bytes: 0, holding }
     }
 
-    /// Returns whether a buffer may grow by `bytes`. One that may not is filled in small pieces.
+    /// Returns whether a buffer may grow by `bytes`. If not, it is filled in small pieces.
     pub fn has_room(&self, bytes: usize) -> bool {
         self.holding.has_room(self.bytes() + bytes)
     }
 
-    /// Counts messages that wait for room in their streams. They are in memory already.
+    /// Counts messages that wait for room in their streams. They are already in memory.
     pub fn set_stalled(&mut self, bytes: usize) {
         self.stalled_bytes = bytes;
         self.holding.hold(self.bytes());
     }
 
-    /// Counts bytes that came in and bytes that are to go out. They are in memory already.
+    /// Counts received and unsent bytes. They are already in memory.
     pub fn set_buffers(&mut self, bytes: usize) {
         self.buffers_bytes = bytes;
         self.holding.hold(self.bytes());
@@ -53,8 +53,8 @@ impl Memory {
         self.aliases.as_ref()?.topics.get(usize::from(alias).checked_sub(1)?)?.as_ref()
     }
 
-    /// Sets an alias, which is not 0. A client is told how many it may set, and cannot be told of
-    /// their size: an alias without room is a fault that ends its connection.
+    /// Sets an alias, which is not 0. Clients are told how many aliases they may set, but not how large
+    /// these may be: an alias for which there is no room is a fault that ends the connection.
     pub fn set_alias(&mut self, alias: u16, topic: &str) -> Result<(), Fault> {
         let known = self.alias(alias);
         if known.is_some_and(|known| **known == *topic) {

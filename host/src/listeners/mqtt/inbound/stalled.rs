@@ -1,4 +1,4 @@
-//! What a stream had no room for, kept until it has.
+//! Messages for which a stream had no room, kept until it has.
 
 use std::future::{pending, ready};
 use std::pin::Pin;
@@ -29,12 +29,12 @@ impl Stalled {
         self.messages.iter().any(|message| message.flags & flags::QOS_MASK == 0)
     }
 
-    /// Returns the number of bytes that it takes in memory.
+    /// Returns the number of bytes of memory that the messages take.
     pub fn bytes(&self) -> usize {
         self.messages.iter().map(Owned::bytes).sum::<usize>() + size_of_val(&*self.owed)
     }
 
-    /// Drops, counts and reports the QoS 0 messages of a session; the others wait for room.
+    /// Drops, counts and reports the QoS 0 messages of a session. The others wait for room.
     pub fn drop_unacknowledged(&mut self, broker: &Broker, session: &Session) {
         let before = self.messages.len();
         self.messages.retain(|message| message.flags & flags::QOS_MASK != 0);
@@ -56,8 +56,8 @@ impl Stalled {
     }
 }
 
-/// Returns when there may be room for what stalled, when QoS 0 messages of it are to be
-/// dropped, or what is withheld may be looked at again; pending while nothing is.
+/// Waits until there may be room for the stalled messages, until QoS 0 messages among them must be
+/// dropped, or until the withheld publish may be checked again. Never returns if there is neither.
 pub fn room<'a>(
     stalled: &[Stalled],
     withheld: Withheld,

@@ -1,8 +1,8 @@
-//! A QoS 2 publish that cannot be taken in yet stays at the front of what was read, and
-//! what lies behind it waits. Either its packet id finds no room ([`open_ids`]): then the
-//! client's PUBRELs behind it are taken in, because they make room. Or another stream has a
-//! record of the id: then the publish waits until the removal of that record is durable, so that
-//! no id has two records at a restart.
+//! A QoS 2 publish that cannot be accepted yet. It stays at the front of the input, and all later
+//! packets wait. There are two reasons. If there is no room for its packet id ([`open_ids`]), later
+//! PUBRELs of the client are processed, because they make room. If another stream has a record of the
+//! id, the publish waits until the removal of that record is durable, so that no id has two records
+//! after a restart.
 //!
 //! [`open_ids`]: crate::listeners::mqtt::open_ids
 
@@ -19,7 +19,7 @@ pub enum Withheld {
     Nothing,
     /// Room for its packet id.
     Room,
-    /// The release of this packet id, its own, is durable.
+    /// The durable release of its own packet id.
     Release(u16),
 }
 
@@ -27,7 +27,7 @@ const QOS_MASK: u8 = 0b0110;
 const QOS_2: u8 = 0b0100;
 
 impl Inbound {
-    /// Whether this publish, at the front, must wait for room.
+    /// Returns whether this publish, at the front, must wait for room.
     pub(super) fn withholds(&mut self, broker: &Broker, frame: &Frame<'_>) -> Result<bool, Fault> {
         if frame.first & QOS_MASK != QOS_2 || self.session.received().has_room() {
             return Ok(false);
@@ -42,8 +42,8 @@ impl Inbound {
         Ok(waits)
     }
 
-    /// Removes the record of an open packet id from its stream: another message takes the id, which
-    /// goes to another stream. There is no ack for it.
+    /// Removes the record of an open packet id from its stream, because another message, which goes to
+    /// another stream, takes the id. The removal has no acknowledgement.
     pub(super) fn give_up(&mut self, packet_id: u16, known: Received, work: &mut Work<'_>) {
         self.session.received().release(packet_id);
         // Its PUBCOMP will never be written.
@@ -53,7 +53,7 @@ impl Inbound {
         self.withheld = Withheld::Release(packet_id);
     }
 
-    /// Whether the release of a packet id is durable.
+    /// Returns whether the release of a packet id is durable.
     pub(super) fn is_released(&self, broker: &Broker, packet_id: u16) -> Result<bool, Trouble> {
         let Some(releasing) = self.session.received().releasing(packet_id) else { return Ok(true) };
         let durable = broker.streams[releasing.stream].durable();
@@ -63,7 +63,7 @@ impl Inbound {
         durable.has_changed().map(|_| false).map_err(|_| Trouble::Stopped)
     }
 
-    /// The PUBRELs behind a publish that is withheld; then there may be room for it.
+    /// Processes the PUBRELs behind a withheld publish, which may make room for it.
     pub(super) fn release_ahead(
         &mut self,
         broker: &Broker,

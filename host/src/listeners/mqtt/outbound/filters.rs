@@ -1,6 +1,6 @@
-//! Changes of a persistent session's subscriptions on their way into the broker stream. They are
-//! gathered where the subscriptions change, under one lock with them, so that the last change of a
-//! filter is the one that is kept, and go with the session's next note, whoever writes that.
+//! Changes of a persistent session's subscriptions that are not yet in the broker's stream. They are
+//! collected under the lock under which subscriptions change, so that the last change of a filter is the
+//! one that is stored, and are written with the session's next note.
 
 use std::collections::BTreeMap;
 
@@ -8,50 +8,51 @@ use super::Outbox;
 use crate::listeners::mqtt::session::{Change, subscription_key};
 use crate::listeners::mqtt::subscriptions::Options;
 
-/// Number of bytes of changes of subscriptions in one append, about.
+/// Approximate number of bytes of subscription changes in one append.
 const AT_ONCE_BYTES: usize = 1 << 20;
 
-/// The options of filters that are subscribed to; `None`: unsubscribed. Each change is not appended yet.
+/// Changes that are not appended yet: the options of a subscribed filter, or `None` for an unsubscribed
+/// one.
 pub type FilterChanges = BTreeMap<Box<str>, Option<Options>>;
 
-/// Some of the changes, to be appended.
+/// Some of the changes, which are to be appended.
 pub struct FilterPage {
-    /// The filters that they are of.
+    /// The filters of these changes.
     pub filters: Vec<Box<str>>,
     pub changes: Vec<Change>,
-    /// Whether there are no more.
+    /// Whether there are no further changes.
     pub is_last: bool,
 }
 
 impl Outbox {
-    /// A filter is subscribed to with these options; `None`: it is unsubscribed.
+    /// Records that a filter was subscribed to with these options, or unsubscribed (`None`).
     pub fn change_filter(&mut self, filter: &str, options: Option<Options>) {
         if let Some(kept) = &mut self.kept {
             kept.filters.insert(filter.into(), options);
         }
     }
 
-    /// The change of a filter, which is a share's, is not appended before [`Outbox::record_written`].
+    /// Holds the change of a share's filter back until [`Outbox::record_written`].
     pub fn await_record(&mut self, filter: &str) {
         if let Some(kept) = &mut self.kept {
             kept.awaiting_records.insert(filter.into());
         }
     }
 
-    /// The record of a share is written.
+    /// Records that the record of a share is written.
     pub fn record_written(&mut self, filter: &str) {
         if let Some(kept) = &mut self.kept {
             kept.awaiting_records.remove(filter);
         }
     }
 
-    /// Whether changes wait for the record of a share.
+    /// Returns whether changes wait for the record of a share.
     pub fn awaits_record(&self) -> bool {
         self.kept.as_ref().is_some_and(|kept| !kept.awaiting_records.is_empty())
     }
 
-    /// Returns the first of the changes that may be appended, about [`AT_ONCE_BYTES`] of them, and
-    /// whether these are all. Their caller says when they are appended: [`Outbox::filters_appended`].
+    /// Returns the first changes that may be appended, about [`AT_ONCE_BYTES`] of them, and whether
+    /// these are all. The caller reports that they are appended with [`Outbox::filters_appended`].
     pub fn filter_changes(&self) -> FilterPage {
         let mut page = FilterPage { filters: Vec::new(), changes: Vec::new(), is_last: true };
         let Some(kept) = self.kept.as_ref().filter(|kept| !kept.filters.is_empty()) else { return page };
@@ -76,7 +77,7 @@ impl Outbox {
         page
     }
 
-    /// Forgets the changes of these filters: they were appended.
+    /// Forgets the changes of these filters, which were appended.
     pub fn filters_appended(&mut self, filters: &[Box<str>]) {
         if let Some(kept) = &mut self.kept {
             filters.iter().for_each(|filter| _ = kept.filters.remove(filter));

@@ -1,11 +1,11 @@
-//! The message that a client needs to get on, where there is no memory for it: its connection has a
-//! permit for one such message at a time, and waits for it in turn.
+//! The message that a client needs to make progress and for which there is no memory. Its connection has
+//! a permit for one such message at a time, and waits for it in turn.
 
 use std::sync::{Arc, Weak};
 
 use super::{Message, Outbox, Queued};
 
-/// A message of at most so many bytes needs no permit.
+/// Largest message that needs no permit.
 pub(super) const SMALL_BYTES_MAX: usize = 4 << 10;
 
 /// A permit, and the message that was read under it.
@@ -15,7 +15,7 @@ pub struct Lent {
 }
 
 impl Lent {
-    /// Returns whether the message that was read under it has gone.
+    /// Returns whether the message that was read under the permit is gone.
     pub fn is_spent(&self) -> bool {
         self.message.as_ref().is_some_and(|message| message.strong_count() == 0)
     }
@@ -26,17 +26,17 @@ impl Lent {
 }
 
 impl Outbox {
-    /// Its connection has a permit for a message of `bytes`.
+    /// Records that the connection has a permit for a message of `bytes`.
     pub fn lend(&mut self, bytes: usize) {
         self.lent = Some(Box::new(Lent { bytes, message: None }));
     }
 
-    /// Returns whether the permit is there, and not used.
+    /// Returns whether there is an unused permit.
     pub fn is_lent(&self) -> bool {
         self.lent.as_ref().is_some_and(|lent| !lent.is_spent())
     }
 
-    /// Returns whether a permit of `bytes` is there, and nothing was read under it.
+    /// Returns whether there is a permit of `bytes`, under which no message was read.
     pub fn is_lent_for(&self, bytes: usize) -> bool {
         self.lent_bytes() == bytes
     }
@@ -46,22 +46,22 @@ impl Outbox {
         self.lent.as_ref().is_some_and(|lent| lent.message.is_some() && !lent.is_spent())
     }
 
-    /// Returns the number of bytes of a permit under which nothing was read; 0: there is none.
+    /// Returns the size of a permit under which no message was read; 0 if there is none.
     pub(super) fn lent_bytes(&self) -> usize {
         self.lent.as_ref().filter(|lent| lent.message.is_none()).map_or(0, |lent| lent.bytes)
     }
 
-    /// Returns whether `message` may go out under the permit.
+    /// Returns whether `message` may be sent under the permit.
     pub(super) fn is_lent_to(&self, message: &Arc<Message>) -> bool {
         self.lent_bytes() >= message.len() || self.lent.as_ref().is_some_and(|lent| lent.is_for(message))
     }
 
-    /// A message was read under the permit.
+    /// Records that a message was read under the permit.
     pub(super) fn read_under_permit(&mut self, message: &Arc<Message>) {
         self.lent.iter_mut().for_each(|lent| lent.message = Some(Arc::downgrade(message)));
     }
 
-    /// Gives the permit back. What was read under it is read again when it is its turn.
+    /// Gives the permit back. The message that was read under it is read again when it is its turn.
     pub fn return_lent(&mut self) {
         let Some(lent) = self.lent.take() else { return };
         let is_lent = |body: &Option<Arc<Message>>| body.as_ref().is_some_and(|body| lent.is_for(body));

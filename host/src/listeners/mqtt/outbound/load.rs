@@ -1,4 +1,4 @@
-//! Reads messages that wait in their streams, when it is their turn.
+//! Reads queued messages from their streams when it is their turn.
 
 use std::collections::{BTreeMap, HashMap};
 use std::mem::take;
@@ -16,24 +16,24 @@ use crate::listeners::mqtt::session::Session;
 use crate::properties::{self, Origin, facts};
 use crate::threads::{SHORT_TURN, in_turns};
 
-/// Subscribers that are read for at a time: each holds up to 2 MiB meanwhile,
-/// and takes a thread from those that serve connections.
+/// Number of subscribers for which streams are read at a time. Each read holds up to 2 MiB, and uses a
+/// thread of those that serve connections.
 pub const LOADS_MAX: usize = 4;
 
-/// Retained topics that are looked at while those who publish them wait, and so often for
-/// one read: the next one goes on.
+/// Number of retained topics that are examined while publishers of retained messages wait, and number of
+/// such turns in one read. The next read continues.
 const LOOKED_AT_ONCE: usize = 128;
 const LOOKS_MAX: usize = 128;
 
-/// What was asked for.
+/// The requested messages.
 #[derive(Default)]
 pub struct Loaded {
-    /// `None`: it is no more, trimmed or damaged.
+    /// The messages by place; `None` for one that was removed or damaged.
     pub messages: HashMap<Place, Option<Body>>,
     pub page: Option<RetainedPage>,
 }
 
-/// A message of a stream, and the identifiers of the session's subscriptions that match it.
+/// A message of a stream, with the identifiers of the session's subscriptions that match it.
 pub struct Body {
     pub message: Arc<Message>,
     pub ids: Ids,
@@ -47,8 +47,8 @@ impl Body {
     }
 }
 
-/// One read, on a task of its own: a connection that is at something else meanwhile
-/// keeps no turn from the others.
+/// A running read, on a task of its own, so that a connection that does something else meanwhile does
+/// not keep the turn of others.
 pub struct Loader(AbortOnDropHandle<Result<Loaded, Arc<str>>>);
 
 impl Loader {
@@ -57,15 +57,16 @@ impl Loader {
         Self(AbortOnDropHandle::new(broker.background.spawn(in_turns(SHORT_TURN, load))))
     }
 
-    /// Safe to drop and to call again. The reason where a stream has stopped.
+    /// Returns the messages, or the reason if a stream has stopped. Cancel safe, and can be called
+    /// again.
     pub async fn loaded(&mut self) -> Result<Loaded, Arc<str>> {
         (&mut self.0).await.unwrap_or_else(|_| Err("the host ends".into()))
     }
 }
 
-/// Looks up what is retained for the subscriptions behind number `behind` (see
-/// [`Outbox::last_retained`](super::Outbox::last_retained)) while it is little: the rest
-/// waits until the client takes it. Of these no read is under way.
+/// Looks up the retained messages for the subscriptions after number `behind` (see
+/// [`Outbox::last_retained`](super::Outbox::last_retained)), as long as they are few. The rest waits
+/// until the client takes it. No other read of these messages is running.
 pub async fn look_up(broker: &Broker, session: &Session, mut behind: u64) {
     loop {
         let Some(mut page) = session.outbox().first_page(behind) else { return };

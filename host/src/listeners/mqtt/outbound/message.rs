@@ -1,4 +1,4 @@
-//! A message on its way to subscribers.
+//! A message that is delivered to subscribers.
 
 use bytes::BufMut;
 
@@ -7,7 +7,7 @@ use crate::listeners::mqtt::clock::Clock;
 use crate::properties::{self, Origin, facts};
 use crate::stream::NewMessage;
 
-/// One message for any number of subscribers: one allocation, however many they are.
+/// A message for any number of subscribers, in a single allocation.
 #[derive(Debug)]
 pub struct Message {
     /// Topic, MQTT 5 properties, payload.
@@ -52,7 +52,7 @@ impl Message {
         std::str::from_utf8(&self.bytes[..self.topic_len as usize]).unwrap_or_default()
     }
 
-    /// As MQTT 5 writes them, without their length.
+    /// Returns the properties as MQTT 5 encodes them, without their length.
     pub fn properties(&self) -> &[u8] {
         &self.bytes[self.topic_len as usize..][..self.properties_len as usize]
     }
@@ -61,12 +61,12 @@ impl Message {
         &self.bytes[(self.topic_len + self.properties_len) as usize..]
     }
 
-    /// For the queue's bound in bytes.
+    /// Returns the size for the queue's bound in bytes.
     pub fn len(&self) -> usize {
         self.bytes.len() + size_of::<Self>()
     }
 
-    /// As [`Message::len`], of one that is not copied out of its stream's frame.
+    /// Returns the size, as [`Message::len`], of a message that is not copied out of its stream's frame.
     pub fn len_of(message: MessageRef<'_>) -> u32 {
         let bytes = message.topic().len() + message.properties().len() + message.payload().len();
         (bytes + size_of::<Self>()) as u32
@@ -76,7 +76,7 @@ impl Message {
         self.received_us
     }
 
-    /// Seconds that it may still wait; `None` once it expired.
+    /// Returns the number of seconds for which the message may still wait; `None` if it has expired.
     pub fn lifetime(&self, clock: &Clock) -> Option<Option<u32>> {
         let Some(expiry) = self.expiry_s else { return Some(None) };
         let waited = clock.now_us().saturating_sub(clock.of_wall(self.received_us)) / 1_000_000;
@@ -84,8 +84,8 @@ impl Message {
     }
 }
 
-/// Properties of the plugin contract as MQTT 5 writes them, but for the expiry,
-/// which is returned: it shrinks while the message waits.
+/// Encodes properties of the plugin contract as MQTT 5 properties. The expiry is returned instead,
+/// because it decreases while the message waits.
 fn put_properties(out: &mut Vec<u8>, encoded: &[u8], utf8: bool) -> Option<u32> {
     let put = |out: &mut Vec<u8>, id: u8, values: &[&[u8]]| {
         out.put_u8(id);
@@ -120,7 +120,8 @@ fn put_properties(out: &mut Vec<u8>, encoded: &[u8], utf8: bool) -> Option<u32> 
     expiry
 }
 
-/// A text of MQTT: UTF-8 without U+0000 (1.5.4). A plugin's properties may be anything.
+/// Returns whether a text is valid in MQTT: UTF-8 without U+0000 (1.5.4). A plugin's properties may
+/// contain any bytes.
 fn is_sendable(text: &[u8]) -> bool {
     std::str::from_utf8(text).is_ok_and(|text| !text.contains('\0'))
 }

@@ -1,9 +1,9 @@
-//! What waits for a subscriber: a bounded queue, the QoS 1 and 2 messages that
-//! it has not acknowledged, and their packets. Belongs to the session, so that
-//! it outlives a connection; what outlives the host is in [`kept`].
+//! The outbox of a subscriber: a bounded queue, its unacknowledged QoS 1 and 2 messages, and their
+//! packets. It belongs to the session, so it outlives a connection. The part that outlives the host is
+//! in [`kept`].
 //!
-//! While the client is away its queue is references: the messages stay in
-//! their streams, and are read ([`load`]) when it is their turn.
+//! While the client is not connected, the queue holds only references. The messages stay in their
+//! streams, and are read ([`load`]) when it is their turn.
 
 mod again;
 mod filters;
@@ -45,67 +45,65 @@ pub use self::send::{Acked, Filled, Peer, Space, Waits};
 pub use self::share_record::visits;
 pub use self::share_record::{FoundShare, Holdings, SHARE};
 
-/// A connected subscriber that keeps its session has so much of its queue in
-/// memory, the rest in the streams.
+/// Bytes of its queue that a connected persistent session has in memory. The rest stays in the streams.
 const HELD_BYTES_MAX: usize = 256 << 10;
-/// A subscriber has at most so many bytes in memory of messages in flight, or one message.
-/// What was sent and lies in a stream is not in memory.
+/// Bytes in memory of a subscriber's messages in flight, or one message. Messages that were sent and are
+/// in a stream are not in memory.
 const IN_FLIGHT_BYTES_MAX: usize = 1 << 20;
-/// Number of places that a queue keeps beside twice its messages; it gives back any more.
+/// Number of entries that a queue allocates beyond twice its messages. It frees any more.
 const SPARE_PLACES: usize = 64;
 
 #[derive(Default)]
 pub struct Outbox {
     connected: bool,
     queue: VecDeque<Queued>,
-    /// Sums over the queue, which is long and is walked only for what it has.
+    /// Sums over the queue, which may be long, so it is not walked for them.
     sums: Sums,
     inflight: VecDeque<InFlight>,
-    /// Bytes of these messages that are in memory.
+    /// Bytes of messages in flight that are in memory.
     inflight_held: usize,
     /// Packet ids of `inflight`.
     ids: HashSet<u16, BuildHasherDefault<DefaultHasher>>,
-    /// Number of messages in flight, from the front, that this connection has been sent.
+    /// Number of messages in flight, from the front, that were sent on this connection.
     sent: usize,
     last_id: u16,
     /// First offset, per stream, that this session still needs.
     from: Box<[u64]>,
-    /// What a restart offers it beside that.
+    /// Messages that a restart offers in addition.
     again: Option<Box<Again>>,
-    /// What its new subscriptions are given beside the queue. Boxed, because many clients subscribe
-    /// to nothing.
+    /// Retained messages for its new subscriptions. Boxed, because many clients have no subscriptions.
     retained: Option<Box<Deliveries>>,
     /// The identifiers of the last message that had several.
     last_ids: Option<Arc<Box<[u32]>>>,
-    /// Messages of a session that outlives its connection that found no room, or waited too
-    /// long, and were not told of yet.
+    /// Messages of a persistent session that found no room or waited too long, and that are not reported
+    /// yet.
     lost: u64,
-    /// Messages that found no room or waited too long, told of or not.
+    /// Messages that found no room or waited too long, reported or not.
     dropped: u64,
-    /// Of a session that outlives its connection.
+    /// Durable records of a persistent session.
     kept: Option<Box<Kept>>,
-    /// The permit for a large message that finds no memory.
+    /// The permit for a large message for which there is no memory.
     lent: Option<Box<Lent>>,
-    /// What this outbox takes of the memory of all outboxes.
+    /// The outbox's part of the memory of all outboxes.
     memory: Holding,
 }
 
 impl Outbox {
-    /// An outbox whose memory counts in `room`.
+    /// Creates an outbox whose memory counts in `room`.
     pub fn within(room: &Arc<Room>) -> Self {
         let mut outbox = Self { memory: Holding::of(room), ..Self::default() };
         outbox.count();
         outbox
     }
 
-    /// A new session: messages before `from` are not for it.
+    /// Begins a new session, which receives no messages before `from`.
     pub fn begin(&mut self, from: Box<[u64]>, kept: Option<Kept>) {
         let memory = std::mem::take(&mut self.memory);
         *self = Self { from, kept: kept.map(Box::new), memory, ..Self::default() };
         self.count();
     }
 
-    /// A session that a restart found.
+    /// Restores a session that a restart found.
     pub fn restore(&mut self, restored: Restored) {
         let Restored { kept, from, unlisted, owed: _, inflight, queue, lost: _ } = restored;
         let known = inflight.iter().filter_map(|flight| flight.waiting.as_ref()).chain(&queue);
@@ -126,7 +124,7 @@ impl Outbox {
         self.count();
     }
 
-    /// The session ends with its connection from now on.
+    /// Makes the session end with its connection from now on.
     pub fn keep_no_more(&mut self) {
         self.kept = None;
         self.inflight.iter_mut().for_each(|flight| flight.after = 0);
@@ -136,29 +134,30 @@ impl Outbox {
         self.from.get(stream).copied().unwrap_or(0)
     }
 
-    /// The same for messages published with QoS 2, of a subscription with `qos`.
+    /// Returns the offset for messages published with QoS 2, for a subscription with `qos`.
     pub fn begins_with_qos(&self, stream: usize, qos: u8) -> u64 {
         let sent = self.kept.as_ref().filter(|_| qos == 2).map_or(0, |kept| kept.sent(stream));
         self.from(stream).max(sent)
     }
 
-    /// The part of a stream in which a restart offers it again what came by a share.
+    /// Returns the part of a stream in which a restart offers messages of a share again.
     pub fn again_in(&self, stream: usize) -> Range<u64> {
         self.again.as_ref().map_or(0..0, |again| again.part(stream))
     }
 
-    /// What it had by a share of these parts when the host started.
+    /// Returns the messages in these parts that the session had received by a share when the host
+    /// started.
     pub fn known_again(&self, share: &str) -> HashSet<Place> {
         self.again.as_ref().map(|again| again.known(share)).unwrap_or_default()
     }
 
-    /// Offset of a stream at which a restart begins to offer it messages.
+    /// Returns the offset of a stream from which a restart offers messages.
     pub fn begins_at(&self, stream: usize) -> u64 {
         let again = self.again.as_ref().and_then(|again| again.first(stream));
         again.map_or(self.from(stream), |first| first.min(self.from(stream)))
     }
 
-    /// It has been offered all of a stream below `upto`.
+    /// Records that all messages of a stream below `upto` have been offered.
     pub fn pass(&mut self, stream: usize, upto: u64) {
         self.again.iter_mut().for_each(|again| again.pass(stream, upto));
         self.again.take_if(|again| again.is_over());
@@ -167,7 +166,7 @@ impl Outbox {
         }
     }
 
-    /// `body` is asked for where it is to be held.
+    /// Offers a message. `body` is called if the message is to be held in memory.
     pub fn offer(
         &mut self,
         mut queued: Queued,
@@ -223,8 +222,8 @@ impl Outbox {
         }
     }
 
-    /// Returns the bound that one more message would pass, `None` where there is room for it. Where
-    /// there is memory only for its place in the queue, the message waits in its stream.
+    /// Returns the bound that another message would exceed; `None` if there is room for it. If there is
+    /// memory only for its queue entry, the message waits in its stream.
     fn bound_met(&mut self, queued: &mut Queued, is_held: &mut bool, limits: QueueLimits) -> Option<Full> {
         let is_full = self.queue.len() >= limits.messages_max;
         if is_full || self.sums.bytes + queued.bytes() > limits.bytes_max {
@@ -238,8 +237,8 @@ impl Outbox {
         (!*is_held && !self.memory.try_hold(place)).then_some(Full::Queues)
     }
 
-    /// Drops the oldest message where others need the memory that the queue has beyond its part.
-    /// Returns whether it did.
+    /// Drops the oldest message if others need the memory that this queue has beyond its share. Returns
+    /// whether it did.
     fn gives_way(&mut self) -> bool {
         let gives_way = self.queue.len() > 1 && self.memory.gives_way() && self.pop().is_some();
         if gives_way && self.queue.capacity() > self.queue.len() / 8 * 9 {
@@ -248,7 +247,7 @@ impl Outbox {
         gives_way
     }
 
-    /// Returns the number of bytes of memory for what waits and what is in flight.
+    /// Returns the bytes of memory for queued messages and messages in flight.
     pub fn size(&self) -> usize {
         self.queue.capacity() * REFERENCE_BYTES
             + self.inflight.capacity() * size_of::<InFlight>()
@@ -258,8 +257,8 @@ impl Outbox {
             + self.kept.as_ref().map_or(0, |kept| kept.passing_on.capacity() * REFERENCE_BYTES)
     }
 
-    /// Returns the number of places by which the queue grows for one more message. A queue that
-    /// doubles would take up to twice the memory that its messages need.
+    /// Returns by how many entries the queue grows for another message. A queue that doubled would take
+    /// up to twice the memory that its messages need.
     fn more_places(&self) -> usize {
         match (self.queue.len(), self.queue.capacity()) {
             (_, 0) => 4,
@@ -268,7 +267,7 @@ impl Outbox {
         }
     }
 
-    /// Counts the outbox in the memory of all outboxes; called after each change.
+    /// Counts the outbox in the memory of all outboxes. Called after each change.
     fn count(&mut self) {
         give_back_places(&mut self.queue);
         give_back_places(&mut self.inflight);
@@ -280,7 +279,7 @@ impl Outbox {
         self.memory.hold(self.size());
     }
 
-    /// Whether the message is news to this session.
+    /// Returns whether the session has not been offered the message.
     pub fn takes(&self, queued: &Queued) -> bool {
         match queued.source {
             _ if self.again.as_ref().is_some_and(|again| again.takes(queued)) => true,
@@ -293,7 +292,8 @@ impl Outbox {
         }
     }
 
-    /// Most messages of a queue match the same subscriptions.
+    /// Shares the identifiers with the previous message, because most messages of a queue match the same
+    /// subscriptions.
     fn share_ids(&mut self, queued: &mut Queued) {
         let Ids::Many(ids) = &mut queued.ids else { return };
         match &self.last_ids {
@@ -302,8 +302,8 @@ impl Outbox {
         }
     }
 
-    /// What is to be sent next: what is retained comes before what is in the queue, which
-    /// may be newer.
+    /// Returns the next message to send. Retained messages come before the queue, whose messages may be
+    /// newer.
     fn head(&self) -> Option<&Queued> {
         self.retained_head().or(self.queue.front())
     }
@@ -312,8 +312,7 @@ impl Outbox {
         self.take_retained().or_else(|| self.pop())
     }
 
-    /// How many messages were lost, of a session that outlives its connection, since it was
-    /// asked last.
+    /// Returns how many messages a persistent session lost since the last call.
     pub fn dropped(&self) -> u64 {
         self.dropped
     }
@@ -354,40 +353,41 @@ impl Outbox {
         self.count();
     }
 
-    /// Messages that wait, their bytes, and messages sent and not acknowledged.
+    /// Returns the number of queued messages, their bytes, and the number of unacknowledged messages.
     pub fn sizes(&self) -> (usize, usize, usize) {
         let retained = self.retained.as_ref().map_or(0, |retained| retained.len());
         (self.queue.len() + retained, self.sums.bytes, self.inflight.len())
     }
 
-    /// Whether the session outlives its connection.
+    /// Returns whether the session outlives its connection.
     pub fn is_kept(&self) -> bool {
         self.kept.is_some()
     }
 
-    /// Whether its client is there.
+    /// Returns whether the client is connected.
     pub fn is_connected(&self) -> bool {
         self.connected
     }
 
-    /// Whether its client is there and there is room in the queue.
+    /// Returns whether the client is connected and there is room in the queue.
     pub fn has_room(&self, limits: QueueLimits) -> bool {
         self.connected && self.has_room_for(1, limits)
     }
 
-    /// Whether there is room in the queue for a message of so many bytes.
+    /// Returns whether there is room in the queue for a message of so many bytes.
     fn has_room_for(&self, bytes: usize, limits: QueueLimits) -> bool {
         self.queue.len() < limits.messages_max
             && self.sums.bytes + bytes <= limits.bytes_max
             && self.memory.has_room(self.size() + self.more_places() * REFERENCE_BYTES)
     }
 
-    /// Whether it would be sent soon: a shared subscription prefers such a member.
+    /// Returns whether a message would be sent soon. A shared subscription prefers such a member.
     pub fn is_ready(&self, queued: &Queued, limits: QueueLimits) -> bool {
         self.connected && self.has_room_for(queued.bytes(), limits) && self.takes(queued)
     }
 
-    /// Returns what would come of a message that is not sent soon; `None`: it is not for this session.
+    /// Returns what would happen to a message that is not sent soon; `None` if it is not for this
+    /// session.
     pub fn keeps(&self, queued: &Queued, limits: QueueLimits) -> Option<Keeps> {
         let has_room = || self.has_room_for(queued.bytes(), limits);
         let gives_way = || self.is_kept() && limits.when_full == WhenFull::DropOldest;
@@ -399,20 +399,19 @@ impl Outbox {
         })
     }
 
-    /// The shared subscriptions by which the first messages came, at most `max`, that
-    /// [`Outbox::give_back`] gives next.
+    /// Returns the shared subscriptions of at most `max` messages that [`Outbox::give_back`] gives next.
     pub fn next_shares(&self, is_given: impl Fn(&str) -> bool, max: usize) -> BTreeSet<ShareFilter> {
         let shares = self.queue.iter().filter_map(|queued| queued.share.as_ref());
         shares.filter(|share| is_given(share)).take(max).cloned().collect()
     }
 
-    /// Whether its notes list what it gave to others.
+    /// Returns whether the session's notes list messages that it gave to others.
     pub fn is_passing_on(&self) -> bool {
         self.kept.as_ref().is_some_and(|kept| !kept.passing_on.is_empty())
     }
 
-    /// The shared subscriptions by which messages came that [`Outbox::give_back`] gives, and the
-    /// number of these messages.
+    /// Returns the shared subscriptions of the messages that [`Outbox::give_back`] gives, and the number
+    /// of these messages.
     pub fn shares(&self, ended: bool) -> (BTreeSet<Box<str>>, usize) {
         let (mut shares, mut count) = (BTreeSet::new(), 0);
         let mut last: Option<&ShareFilter> = None;
@@ -428,11 +427,11 @@ impl Outbox {
         (shares, count)
     }
 
-    /// Takes out the first messages, at most `max`, that came by those shared subscriptions that
-    /// `is_given` is true of and were not sent yet, for another member. `ended`: the client will
-    /// not come back, so also what it was sent with QoS 1 and has not acknowledged. What was sent
-    /// with QoS 2 stays its own (MQTT 5.0, 4.8.2). The caller says when the notes of those who
-    /// have them now are appended: [`Outbox::passed_on`].
+    /// Removes the first messages, at most `max`, of the shared subscriptions for which `is_given` is
+    /// true, for another member. Messages that were sent are not included. `ended` says that the client
+    /// will not come back; QoS 1 messages that it was sent and has not acknowledged are then included.
+    /// QoS 2 messages that it was sent stay with it (MQTT 5.0, 4.8.2). The caller reports with
+    /// [`Outbox::passed_on`] when the notes of the receivers are appended.
     pub fn give_back(&mut self, is_given: impl Fn(&str) -> bool, ended: bool, max: usize) -> Vec<Queued> {
         let is_given = |queued: &Queued| queued.share.as_ref().is_some_and(|share| is_given(share));
         let mut given = Vec::new();
@@ -475,7 +474,8 @@ impl Outbox {
         given
     }
 
-    /// The notes of those who were given its messages are appended: its own list them no more.
+    /// Records that the notes of the receivers are appended, so that the session's own notes no longer
+    /// list the messages.
     pub fn passed_on(&mut self) {
         if let Some(kept) = &mut self.kept {
             kept.changed |= !kept.passing_on.is_empty();
@@ -484,9 +484,9 @@ impl Outbox {
         self.count();
     }
 
-    /// Forgets what waits of topics that the client may not see any more. What
-    /// is not in memory is looked at when it is read: [`Outbox::loaded`]. What a
-    /// client that is connected was sent stays for it to acknowledge.
+    /// Removes queued messages of topics that the client may no longer see. Messages that are not in
+    /// memory are checked when they are read: [`Outbox::loaded`]. Messages that a connected client was
+    /// sent stay until it acknowledges them.
     pub fn keep_only(&mut self, may_see: impl Fn(&str) -> bool) {
         self.keep_only_retained(&may_see);
         let stays = |queued: &Queued| queued.message().is_none_or(|message| may_see(message.topic()));
@@ -500,9 +500,8 @@ impl Outbox {
         self.count();
     }
 
-    /// Calls `see` with the place of each message that it waits for and keeps for its
-    /// client, or for the members of a share, and whether its sending was begun;
-    /// false where it keeps none for its client.
+    /// Passes to `see` the place of each message that is kept for the client, or for the members of a
+    /// share, and whether its sending had begun. Returns false if none is kept for the client.
     pub fn references(&self, mut see: impl FnMut(Place, bool)) -> bool {
         let is_kept = |queued: &Queued| self.kept.is_some() || queued.share.is_some();
         let inflight =
@@ -517,8 +516,8 @@ impl Outbox {
         self.kept.is_some()
     }
 
-    /// Forgets what waits and is no more; how many. What is in memory stays, and what a
-    /// client that is connected was sent stays for it to acknowledge.
+    /// Removes messages that are lost, and returns their number. Messages in memory stay, and so do
+    /// those that a connected client was sent, until it acknowledges them.
     pub fn forget(&mut self, is_gone: impl Fn(Place) -> bool) -> u64 {
         let stays = |queued: &Queued| queued.place().is_none_or(|place| !is_gone(place));
         let before = self.queue.len();
@@ -540,7 +539,7 @@ impl Outbox {
         gone
     }
 
-    /// The connection ended: what waits is references again.
+    /// Handles the end of the connection: the queue holds only references again.
     pub fn disconnected(&mut self) {
         self.connected = false;
         self.return_lent();
@@ -566,8 +565,8 @@ impl Outbox {
         self.count();
     }
 
-    /// A new connection: what the last one left unacknowledged is sent again
-    /// (4.4), in order and before anything else, by [`Outbox::fill`].
+    /// Handles a new connection: messages that the last one left unacknowledged are sent again (4.4) by
+    /// [`Outbox::fill`], in order and before all others.
     pub fn resume(&mut self) {
         self.connected = true;
         self.sent = 0;
@@ -576,7 +575,7 @@ impl Outbox {
         }
     }
 
-    /// Drops what waits since before `since_us`; how many.
+    /// Drops messages queued before `since_us`, and returns their number.
     pub fn drop_older(&mut self, since_us: u64) -> u64 {
         let mut dropped = 0;
         while self.queue.front().is_some_and(|head| head.since_us < since_us) {
@@ -593,7 +592,7 @@ impl Outbox {
         dropped
     }
 
-    /// Sees what is durable by now; before [`Outbox::fill`].
+    /// Checks which changes are durable by now. Called before [`Outbox::fill`].
     pub fn settle(&mut self, stream: &dyn Stream) {
         if let Some(kept) = self.kept.as_mut().filter(|kept| kept.has_appended()) {
             let durable = *stream.durable().borrow();
@@ -601,9 +600,9 @@ impl Outbox {
         }
     }
 
-    /// Appends what must be durable, and a note where one is due, for which `note`
-    /// gives what [`Outbox::note`] takes. Where there is no room it stays to be appended.
-    /// Returns how many deliveries ended because their records cannot be appended.
+    /// Appends the changes that must become durable, with a note if one is due. `note` returns the
+    /// arguments of [`Outbox::note`]. If there is no room, the changes stay pending. Returns how many
+    /// deliveries ended because their records cannot be appended.
     pub fn record(&mut self, stream: &dyn Stream, note: impl FnOnce() -> (Box<[u64]>, usize)) -> u64 {
         let Some(kept) = &mut self.kept else { return 0 };
         if kept.changes().is_empty() {
@@ -638,13 +637,13 @@ impl Outbox {
         0
     }
 
-    /// Whether what its records say of the streams is to be written anew.
+    /// Returns whether the records about the streams must be written again.
     pub fn is_stale(&self) -> bool {
         self.kept.as_ref().is_some_and(|kept| kept.is_stale)
     }
 
-    /// Writes what its records say of the streams anew, where that is not true any more.
-    /// `positions`: as for [`Outbox::note`].
+    /// Writes the records about the streams again if they are no longer true. `positions` is as for
+    /// [`Outbox::note`].
     pub fn renew(
         &mut self,
         stream: &dyn Stream,
@@ -672,7 +671,7 @@ impl Outbox {
         }
     }
 
-    /// Ends the QoS 2 deliveries whose records were not appended; how many.
+    /// Ends the QoS 2 deliveries whose records were not appended, and returns their number.
     fn give_up_unrecorded(&mut self) -> u64 {
         let Some(kept) = &mut self.kept else { return 0 };
         let before = self.inflight.len();
@@ -692,9 +691,9 @@ impl Outbox {
         (before - self.inflight.len()) as u64
     }
 
-    /// Where the session stands, for the broker stream; nothing where nothing of it is
-    /// kept. `positions`: of the live delivery, read before the outbox was locked. Its
-    /// caller says what came of it: [`Outbox::noted`], [`Outbox::note_failed`].
+    /// Returns the note for the broker's stream; nothing for a session that is not persistent.
+    /// `positions` are those of live delivery, read before the outbox was locked. The caller reports the
+    /// result: [`Outbox::noted`], [`Outbox::note_failed`].
     pub fn note(&mut self, positions: &[u64], bytes_max: usize) -> Vec<Change> {
         self.note_with(positions, bytes_max, 0)
     }
@@ -718,7 +717,7 @@ impl Outbox {
         changes
     }
 
-    /// The note was taken.
+    /// Records that the note was accepted.
     pub fn noted(&mut self) {
         self.retained.iter_mut().for_each(|retained| retained.noted());
         self.kept.iter_mut().for_each(|kept| kept.note_refused = false);
@@ -728,34 +727,35 @@ impl Outbox {
         self.kept.as_ref().is_some_and(|kept| kept.wants_note(positions))
     }
 
-    /// The note was not taken.
+    /// Records that the note was not accepted.
     pub fn note_failed(&mut self) {
         if let Some(kept) = &mut self.kept {
             (kept.changed, kept.note_refused) = (true, true);
         }
     }
 
-    /// Whether the last note found no room.
+    /// Returns whether the last note found no room.
     pub fn is_note_refused(&self) -> bool {
         self.kept.as_ref().is_some_and(|kept| kept.note_refused)
     }
 
-    /// All keys that it may have in the broker stream.
+    /// Returns all keys that the session may have in the broker's stream.
     pub fn keys(&self) -> Vec<Vec<u8>> {
         let ids = self.inflight.iter().map(|flight| flight.packet_id);
         self.kept.as_ref().map_or_else(Vec::new, |kept| kept.keys(ids))
     }
 }
 
-/// Shrinks a queue that has become short. Each place that is given back was filled since the last
-/// time, so that this costs no more than filling them did.
+/// Shrinks a queue that has become short. Each freed entry was filled since the last time, so this costs
+/// no more than filling them did.
 fn give_back_places<T>(queue: &mut VecDeque<T>) {
     if queue.capacity() > 2 * queue.len() + SPARE_PLACES {
         queue.shrink_to(queue.len() + queue.len() / 4);
     }
 }
 
-/// Whether another member of its share may be sent it, once its client does not come back.
+/// Returns whether another member of its share may be sent the message, if its client does not come
+/// back.
 fn is_unacknowledged_by_share(flight: &InFlight) -> bool {
     flight.waiting.as_ref().is_some_and(|queued| queued.qos == 1 && queued.share.is_some())
 }
