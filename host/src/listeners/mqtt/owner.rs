@@ -1,15 +1,15 @@
-//! Whose a session is: the user who made it. A client id alone says little, because
-//! by default any client may choose any id.
+//! The owner of a session: the user who created it. The client id alone does not identify a client,
+//! because by default any client may choose any id.
 //!
-//! Another user with the same client id gets a session of its own, and the old one ends
-//! as at a clean start; a client without credentials is refused while a user has one.
-//! Without `mqtt.access` nobody has checked any name, and sessions belong to their ids.
+//! Another user with the same client id gets a session of its own, and the old one ends as at a clean
+//! start. A client without credentials is refused while a user has a session with its id. Without
+//! `mqtt.access` names are not verified, and sessions belong to their client ids.
 
 use std::fmt;
 
 use crate::access::{Access, Identity};
 
-/// Longer user names are refused: they are part of the durable state.
+/// Longest user name. Longer ones are refused, because the name is part of the durable state.
 pub const USER_NAME_BYTES_MAX: usize = 1_024;
 
 const ANONYMOUS: u8 = 1;
@@ -17,8 +17,7 @@ const USER: u8 = 2;
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Owner {
-    /// Made without `mqtt.access`, or by version 0.1.0: the next client that has the id
-    /// owns the session.
+    /// Created without `mqtt.access`, or by version 0.1.0. The next client with the id owns the session.
     #[default]
     Unchecked,
     Anonymous,
@@ -34,12 +33,12 @@ impl Owner {
         }
     }
 
-    /// Whether a session of `self` goes on for `client`.
+    /// Returns whether `client` may resume a session of `self`.
     pub fn is(&self, client: &Self) -> bool {
         self == client || *self == Self::Unchecked || *client == Self::Unchecked
     }
 
-    /// Whether `client`, which [`Self::is`] not, may have the id, and end the session.
+    /// Returns whether `client`, for which [`Self::is`] is false, may use the id and end the session.
     pub fn gives_way_to(&self, client: &Self) -> bool {
         !(matches!(self, Self::User(_)) && *client == Self::Anonymous)
     }
@@ -52,7 +51,7 @@ impl Owner {
         }
     }
 
-    /// As a session's durable record ends.
+    /// Returns the encoding at the end of a session's durable record.
     pub fn to_bytes(&self) -> Vec<u8> {
         match self {
             Self::Unchecked => Vec::new(),

@@ -1,4 +1,4 @@
-//! Single messages out of a stream, wherever they lie in it.
+//! Reads single messages from arbitrary places of a stream.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -7,9 +7,10 @@ use std::time::Duration;
 use crate::batch::{Batch, Offset};
 use crate::stream::{Cursor, ReadError, Stream};
 
-/// Messages between two that are wanted: past it a new cursor is cheaper.
+/// Distance of two wanted messages beyond which a new cursor is cheaper than reading the messages
+/// between them.
 const PASSED_MAX: u64 = 256;
-/// After a read that failed.
+/// Pause after a failed read.
 const READ_RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// Messages of one stream that are to be read, in the order of their offsets.
@@ -19,12 +20,12 @@ pub struct Picks {
     cursor: Option<Box<dyn Cursor>>,
 }
 
-/// What one read gave.
+/// Result of one read.
 #[derive(Default)]
 pub struct Picked {
-    /// A batch and which of its messages were wanted.
+    /// A batch, and the indices of the wanted messages in it.
     pub found: Option<(Batch, Vec<usize>)>,
-    /// Offsets that are no more: trimmed or damaged.
+    /// Offsets whose messages were removed or damaged.
     pub gone: Vec<u64>,
 }
 
@@ -37,8 +38,8 @@ impl Picks {
         self.wanted.is_empty()
     }
 
-    /// The next of them, all durable once; `None` when all were read. Safe to
-    /// drop and to call again. The reason where the stream has stopped.
+    /// Returns the next messages, which were all durable; `None` when all were read. Returns the reason
+    /// if the stream has stopped. Cancel safe, and can be called again.
     pub async fn next(&mut self, stream: &dyn Stream) -> Result<Option<Picked>, Arc<str>> {
         loop {
             let Some(&next) = self.wanted.first() else {
@@ -84,7 +85,7 @@ impl Picks {
         }
     }
 
-    /// Which of its messages are wanted; not any more then.
+    /// Returns the indices of wanted messages in a batch, which are then no longer wanted.
     fn found_in(&mut self, batch: &Batch) -> Vec<usize> {
         let Some(last) = batch.entries.last() else { return Vec::new() };
         let offsets: Vec<u64> = self.wanted.range(batch.base.0..=batch.offset(last).0).copied().collect();

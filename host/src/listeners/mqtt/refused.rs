@@ -1,4 +1,4 @@
-//! A connection that there will not be: what the log says of it, and what CONNACK says.
+//! A refused connection: its log line and its CONNACK.
 
 use bytes::BytesMut;
 use rmqtt_codec::v5::ConnectAckReason;
@@ -10,18 +10,18 @@ use crate::listeners::transport::Address;
 #[derive(Debug)]
 pub struct Refused {
     pub cause: &'static str,
-    /// Which of the faults behind a cause; empty where that says it all.
+    /// Which of several faults with the same cause it was; empty if there is only one.
     what: &'static str,
-    /// The client or user that repeats are counted by, where one is known.
+    /// Client or user by which repeated refusals are counted, if known.
     who: Option<String>,
-    /// Who it was, for the log.
+    /// Description of the client, for the log.
     detail: String,
-    /// What is behind it has a line of its own in the log.
+    /// Whether the underlying failure has a log line of its own.
     is_reported: bool,
     told: Option<Told>,
 }
 
-/// What the client is told.
+/// Information for the client.
 #[derive(Debug)]
 struct Told {
     version: Version,
@@ -53,7 +53,8 @@ impl Refused {
         Self { told: Some(Told { version, reason, packet_bytes_max }), ..self }
     }
 
-    /// Counts, reports and lists it. A client that only left is counted.
+    /// Counts and reports the refusal, and adds it to the list. A client that only disconnected is
+    /// counted.
     pub fn report(&self, broker: &Broker, address: &Address) {
         if self.cause == "lost" {
             return broker.counters.refused_connect(self.cause);
@@ -66,7 +67,7 @@ impl Refused {
         broker.refuse(self.cause, kind, self.who.as_deref(), address, &self.detail);
     }
 
-    /// The version and its CONNACK; `None` where that cannot say no.
+    /// Returns the version and its CONNACK; `None` if the version has no suitable CONNACK.
     pub fn answer(&self) -> Option<(Version, BytesMut)> {
         let Told { version, reason, packet_bytes_max } = self.told.as_ref()?;
         let mut out = BytesMut::new();
@@ -85,7 +86,7 @@ impl Refused {
     }
 }
 
-/// MQTT 3.1.1, 3.2.2.3.
+/// Returns the return code of MQTT 3.1.1 (3.2.2.3).
 fn return_code(reason: ConnectAckReason) -> Option<u8> {
     Some(match reason {
         ConnectAckReason::UnsupportedProtocolVersion => 1,
@@ -100,7 +101,7 @@ fn return_code(reason: ConnectAckReason) -> Option<u8> {
     })
 }
 
-/// What a client is told of a cause; nothing that helps to guess.
+/// Returns the reason string for a cause, without information that helps to guess credentials.
 fn explained(cause: &str) -> &'static str {
     match cause {
         "bad_credentials" => "wrong user name or password",

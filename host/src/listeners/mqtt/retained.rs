@@ -1,6 +1,5 @@
-//! The last retained message of each topic: in memory for subscribers, and as
-//! state of the stream that the message went into, written in the same append.
-//! What an ack promises includes it.
+//! The last retained message of each topic: in memory for subscribers, and in the state of the stream to
+//! which the message belongs, written in the same append. An acknowledgement therefore covers it too.
 
 mod lookup;
 
@@ -22,12 +21,11 @@ pub use self::lookup::Lookup;
 
 const KIND: Kind = *b"rt";
 const FORMAT: u8 = 1;
-/// Format, flags, time received, lengths of topic and properties.
+/// Size of format, flags, time of receipt, and lengths of topic and properties.
 const HEAD_BYTES: usize = 1 + 2 + 8 + 2 + 4;
 
-/// A retained message and where it lies: a subscriber gets it from here only
-/// if the live delivery has passed it, so that it comes once, and never before
-/// it is durable.
+/// A retained message and its place. A subscriber receives it from here only if live delivery has passed
+/// it, so that it is delivered once, and never before it is durable.
 #[derive(Clone)]
 pub struct Kept {
     pub message: Arc<Message>,
@@ -38,29 +36,29 @@ pub struct Kept {
 
 #[derive(Default)]
 pub struct Retained {
-    /// By the topic's [`lookup::key`].
+    /// Messages by the topic's [`lookup::key`].
     topics: BTreeMap<Box<str>, Kept>,
     bytes: usize,
     messages_max: usize,
     bytes_max: usize,
 }
 
-/// Retained messages of an append that is not done yet: dropped without
-/// [`Staged::done`], as if they had never been. Nobody else sees or changes
-/// retained messages meanwhile, so that what is appended last is what stays.
+/// Retained messages of an append that is not complete. If this is dropped without [`Staged::done`],
+/// they are removed again. The retained messages stay locked meanwhile, so that the message that is
+/// appended last is the one that stays.
 pub struct Staged<'b> {
     retained: Locked<MutexGuard<'b, Retained>>,
-    /// The topic's key, number of the message in the append, what was kept before.
+    /// The topic's key, the index of the message in the append, and the previous retained message.
     before: Vec<(Box<str>, usize, Option<Kept>)>,
     changes: Vec<Change>,
-    /// In streams that a topic went to under another configuration.
+    /// Removals in streams to which a topic belonged under another configuration.
     elsewhere: Vec<(usize, Change)>,
-    /// Topics that found no room.
+    /// Topics whose messages found no room.
     refused: Vec<Box<str>>,
 }
 
 impl Retained {
-    /// Reads what the streams hold; removes what cannot be kept.
+    /// Loads the retained messages of the streams, and removes those that cannot be kept.
     pub fn load(
         streams: &[Arc<dyn Stream>],
         routes: &Streams,
@@ -114,7 +112,7 @@ impl Retained {
         Some(old)
     }
 
-    /// False where there is no room.
+    /// Adds a message. Returns false if there is no room.
     fn insert(&mut self, topic: Box<str>, kept: Kept) -> bool {
         let bytes = self.bytes + kept.message.len();
         if self.topics.len() >= self.messages_max || bytes > self.bytes_max {
@@ -125,28 +123,28 @@ impl Retained {
         true
     }
 
-    /// All of them by their ids, for the sessions of the last run.
+    /// Returns all messages by their ids, for the sessions of the last run.
     pub fn by_id(&self) -> HashMap<Id, Arc<Message>> {
         self.topics.values().map(|kept| (kept.blob.id(), kept.message.clone())).collect()
     }
 
-    /// Whether the message is still its topic's.
+    /// Returns whether the message is still the retained one of its topic.
     pub fn is_current(&self, key: &str, message: &Arc<Message>) -> bool {
         self.topics.get(key).is_some_and(|kept| Arc::ptr_eq(&kept.message, message))
     }
 
-    /// Messages and their bytes.
+    /// Returns the number of messages and their bytes.
     pub fn sizes(&self) -> (usize, usize) {
         (self.topics.len(), self.bytes)
     }
 
-    /// Goes on with a lookup, for no more than `steps_max` topics: others wait meanwhile.
+    /// Continues a lookup for at most `steps_max` topics, since publishers wait meanwhile.
     pub fn look(&self, lookup: &mut Lookup, steps_max: usize, found: impl FnMut(&str, &Kept) -> bool) {
         lookup.advance(&self.topics, steps_max, found);
     }
 }
 
-/// What an append of `messages` to stream `number` retains; `None`: nothing.
+/// Returns what an append of `messages` to stream `number` retains; `None` if nothing.
 pub fn stage<'b>(broker: &'b Broker, number: usize, messages: &[NewMessage<'_>]) -> Option<Staged<'b>> {
     let to_retain = || messages.iter().enumerate().filter(|(_, message)| message.flags & flags::RETAIN != 0);
     to_retain().next()?;
@@ -164,8 +162,8 @@ pub fn stage<'b>(broker: &'b Broker, number: usize, messages: &[NewMessage<'_>])
 }
 
 impl Staged<'_> {
-    /// Keeps, replaces or, with an empty payload, removes. Where there is no
-    /// room the topic has no retained message afterwards, rather than an old one.
+    /// Stores, replaces or, for an empty payload, removes a message. If there is no room, the topic has
+    /// no retained message afterwards, rather than an old one.
     fn set(&mut self, stream: usize, i: usize, new: &NewMessage<'_>) {
         let topic = lookup::key(new.topic);
         let old = self.retained.take(&topic);
@@ -198,12 +196,12 @@ impl Staged<'_> {
         }
     }
 
-    /// What the append must carry.
+    /// Returns the changes that the append must contain.
     pub fn changes(&self) -> &[Change] {
         &self.changes
     }
 
-    /// The append was taken.
+    /// Records that the append was accepted.
     pub fn done(mut self, broker: &Broker, appended: Appended) {
         for (topic, i, _) in std::mem::take(&mut self.before) {
             if let Some(kept) = self.retained.topics.get_mut(&topic) {
@@ -235,7 +233,7 @@ impl Drop for Staged<'_> {
     }
 }
 
-/// Topics may be longer than a key of the state.
+/// Returns the id of a topic, which may be longer than a key of the state.
 pub fn id(topic: &str) -> Id {
     let digest: [u8; 32] = Sha256::digest(topic).into();
     *digest.first_chunk().expect("it is longer")

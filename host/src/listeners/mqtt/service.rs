@@ -1,4 +1,4 @@
-//! The MQTT listener as the transports see it.
+//! The MQTT listener as a service of the transport.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use super::{Broker, connection, metrics};
 use crate::listeners::transport::{Address, Bind, Io, Place, Plan, Remote, Service};
 use crate::telemetry::Failures;
 
-/// Returns what is to be served on an address.
+/// Returns what is served on an address.
 pub(super) fn plan(endpoint: &Endpoint, config: &Config) -> Plan {
     let transport = match (&endpoint.bind, &endpoint.websocket, &endpoint.tls) {
         (Bind::Unix(_), ..) => 8,

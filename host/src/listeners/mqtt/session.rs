@@ -31,48 +31,48 @@ use crate::hints::Hint;
 use crate::room::Holding;
 use crate::stream::{AppendError, Identity, StateChange, Stream, Ticket};
 
-/// Longer client ids are refused: they are keys of the durable state.
+/// Longest client id. Longer ones are refused, because they are keys of the durable state.
 pub const CLIENT_ID_BYTES_MAX: usize = 512;
-/// Longer filters of persistent sessions are refused, for the same reason.
+/// Longest filter of a persistent session. Longer ones are refused, because they are keys of the durable
+/// state.
 pub const KEPT_FILTER_BYTES_MAX: usize = 1_000;
-/// A session that never expires (MQTT 5.0, 3.1.2.11.2).
+/// Expiry of a session that never expires (MQTT 5.0, 3.1.2.11.2).
 pub const NEVER: u32 = u32::MAX;
-/// Sessions that expired are ended so many together; their clients wait meanwhile.
+/// Number of expired sessions that are ended together, while their clients wait.
 const ENDED_AT_ONCE: usize = 10_000;
 
-/// Number of keys of a client's ended sessions that wait to be removed, past which its next session
-/// adds none. The next start removes what that session left, if anything.
+/// Number of pending key removals of a client's ended sessions beyond which its next session adds none.
+/// The next start removes what that session left.
 const STALE_KEYS_MAX: usize = 256;
 
 const SESSION: &[u8] = b"se";
 const SUBSCRIPTION: &[u8] = b"sf";
 const QOS2: &[u8] = b"q2";
 
-/// A durable change, owned: low-rate state only.
+/// An owned durable change, for state that changes rarely.
 pub type Change = (Vec<u8>, Option<Vec<u8>>);
 
 pub struct Session {
-    /// Number within this process; the subscription tree knows sessions by it.
+    /// Number within this process, by which the subscription tree refers to sessions.
     pub number: u64,
     pub client_id: Arc<str>,
-    /// Deliveries wait, somebody else wants the session, or the host stops.
+    /// Notified when deliveries wait, another connection wants the session, or the host stops.
     pub wake: Notify,
-    /// Set: the subscriber is too slow and is to be disconnected.
+    /// Set if the subscriber is too slow and must be disconnected.
     pub overflow: AtomicBool,
-    /// Set: an operator sends the client away.
+    /// Set if an operator disconnects the client.
     pub kicked: AtomicBool,
-    /// The last connection and when it ended, where it did not end by itself but for another one.
+    /// The last connection and its end, if it ended for another connection.
     taken_over: Mutex<Option<Box<(Connected, Instant)>>>,
-    /// Connections that wait for their turn.
+    /// Number of connections that wait for their turn.
     claims: AtomicU32,
     turn: Arc<tokio::sync::Mutex<()>>,
     state: Mutex<State>,
-    /// QoS 2 packet ids that are not released.
+    /// Unreleased QoS 2 packet ids.
     received: Mutex<OpenIds>,
     outbox: Mutex<Outbox>,
     activity: Activity,
-    /// By stream, of a session that a restart found behind the live delivery: see
-    /// [`Session::lane`].
+    /// Lanes by stream, for a session that a restart found behind live delivery: see [`Session::lane`].
     lanes: OnceLock<Box<[AtomicU8]>>,
 }
 
@@ -80,29 +80,29 @@ pub struct Session {
 struct State {
     epoch: u64,
     owner: Owner,
-    /// There is something to resume.
+    /// Whether there is a session to resume.
     alive: bool,
     connected: bool,
     connection: Option<Box<Connected>>,
     expiry_s: u32,
-    /// The broker stream has a record.
+    /// Whether the broker's stream has a record of the session.
     kept: bool,
-    /// The record is older than the end of the last connection: its append failed, and a later note
-    /// appends it.
+    /// Whether the record is older than the end of the last connection: its append failed, and a later
+    /// note appends it.
     record_due: bool,
-    /// Broker time.
+    /// End of the last connection in broker time.
     disconnected_us: u64,
     filters: BTreeMap<Box<str>, Options>,
     filter_sums: FilterSums,
-    /// What the filters take of the memory of all subscriptions.
+    /// The filters' part of the memory of all subscriptions.
     memory: Holding,
-    /// Keys of the broker stream that are no longer wanted: they go in the
-    /// next append, whichever connect gets so far.
+    /// Keys in the broker's stream that are no longer needed. They are removed in the next append of any
+    /// connection.
     stale: Vec<Vec<u8>>,
 }
 
-/// Sums over the filters of a session. A SUBSCRIBE is held against them, and may not cost the more the
-/// more filters its client has.
+/// Sums over the filters of a session. They are kept so that the cost of checking a SUBSCRIBE does not
+/// depend on the number of filters.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FilterSums {
     pub bytes: usize,
@@ -122,7 +122,7 @@ impl FilterSums {
     }
 }
 
-/// The right to use a session: one connection at a time.
+/// The right to use a session, which one connection has at a time.
 pub struct Turn(#[allow(dead_code, reason = "held, not read")] OwnedMutexGuard<()>);
 
 pub struct Sessions {
@@ -154,26 +154,26 @@ impl Session {
         }
     }
 
-    /// Who delivers a stream's messages to it: 0, the live delivery, or the lane of that
-    /// number that catches up with it.
+    /// Returns which task delivers a stream's messages to the session: 0 for live delivery, or the
+    /// number of the lane in which it catches up.
     #[inline]
     pub fn lane(&self, stream: usize) -> u8 {
         self.lanes.get().and_then(|lanes| lanes.get(stream)).map_or(0, |lane| lane.load(Ordering::Acquire))
     }
 
-    /// Whether a lane of any stream catches up with it.
+    /// Returns whether the session catches up in a lane of any stream.
     pub fn is_behind(&self) -> bool {
         let is_behind = |lanes: &[AtomicU8]| lanes.iter().any(|lane| lane.load(Ordering::Acquire) > 0);
         self.lanes.get().is_some_and(|lanes| is_behind(lanes))
     }
 
-    /// `streams`: how many there are.
+    /// Sets the lane of a stream. `streams` is the number of streams.
     pub fn set_lane(&self, streams: usize, stream: usize, lane: u8) {
         let lanes = self.lanes.get_or_init(|| (0..streams).map(|_| AtomicU8::new(0)).collect());
         lanes[stream].store(lane, Ordering::Release);
     }
 
-    /// Returns what its client did since the host started.
+    /// Returns the activity of the client since the host started.
     pub fn activity(&self) -> &Activity {
         &self.activity
     }
@@ -190,12 +190,12 @@ impl Session {
         in_order(Rank::Last, || lock(&self.received))
     }
 
-    /// Whether another connection waits for this session.
+    /// Returns whether another connection waits for this session.
     pub fn is_wanted(&self) -> bool {
         self.claims.load(Ordering::Acquire) > 0
     }
 
-    /// The epoch of a session that outlives its connection.
+    /// Returns the epoch of a persistent session.
     pub fn persistent_epoch(&self) -> Option<u64> {
         let state = self.state();
         (state.expiry_s > 0).then_some(state.epoch)
@@ -214,47 +214,47 @@ impl Session {
         self.state().filters.len()
     }
 
-    /// Returns the number of bytes of memory that the filters take, as far as they can be counted.
+    /// Returns the approximate number of bytes of memory of the filters.
     pub fn filters_memory(&self) -> usize {
         self.state().filters_memory()
     }
 
-    /// Returns the sums over its filters.
+    /// Returns the sums over the filters.
     pub fn filter_sums(&self) -> FilterSums {
         self.state().filter_sums
     }
 
-    /// The broker stream has a record of it.
+    /// Returns whether the broker's stream has a record of the session.
     pub fn is_kept(&self) -> bool {
         self.state().kept
     }
 
-    /// Connected, or waiting for its client.
+    /// Returns whether the session is connected, or waits for its client.
     pub fn is_alive(&self) -> bool {
         self.state().alive
     }
 
-    /// Returns the owner where there is a session that `client` is not to go on with.
+    /// Returns the owner if there is a session that `client` may not resume.
     pub fn other_owner(&self, client: &Owner) -> Option<Owner> {
         let state = self.state();
         (state.alive && !state.owner.is(client)).then(|| state.owner.clone())
     }
 
-    /// Its client is there. Not before all that CONNACK promises is durable: a
-    /// connect that is given up is none.
+    /// Records that the client is connected. Called after everything that CONNACK promises is durable,
+    /// since an abandoned connect does not count.
     pub(super) fn connected(&self, connection: Connected) {
         let mut state = self.state();
         state.connected = true;
         state.connection = Some(Box::new(connection));
     }
 
-    /// Its connection ends for another one.
+    /// Records that the connection ends for another one.
     pub fn note_taken_over(&self) {
         let (connection, ..) = self.presence();
         *self.lock_taken_over() = connection.map(|connection| Box::new((connection, Instant::now())));
     }
 
-    /// Returns the connection that ended for one which waits for its turn since `since`, once.
+    /// Returns, once, the connection that ended for one which waits for its turn since `since`.
     pub(super) fn taken_over(&self, since: Instant) -> Option<Connected> {
         let (connection, ended) = *self.lock_taken_over().take()?;
         (ended >= since).then_some(connection)
@@ -264,7 +264,7 @@ impl Session {
         self.taken_over.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The connection, the session's expiry, and when the last connection ended.
+    /// Returns the connection, the session's expiry, and when the last connection ended.
     pub(super) fn presence(&self) -> (Option<Connected>, u32, u64) {
         let state = self.state();
         (state.connection.as_deref().cloned(), state.expiry_s, state.disconnected_us)
@@ -274,7 +274,7 @@ impl Session {
         self.state().filters.keys().cloned().collect()
     }
 
-    /// The filters of its shared subscriptions.
+    /// Returns the filters of the shared subscriptions.
     pub fn shares(&self) -> Vec<Box<str>> {
         self.state().filters.keys().filter(|filter| is_shared(filter)).cloned().collect()
     }
@@ -283,7 +283,7 @@ impl Session {
         self.state().filters.contains_key(filter)
     }
 
-    /// Adds a filter, or changes its options. Returns whether it was not there with these.
+    /// Adds a filter or changes its options. Returns whether this was a change.
     pub fn add_filter(&self, filter: &str, options: Options) -> bool {
         let mut state = self.state();
         let before = state.filters.insert(filter.into(), options);
@@ -294,20 +294,20 @@ impl Session {
         before != Some(options)
     }
 
-    /// Takes memory of `bytes` for filters that are to come, until [`Session::filters_added`].
-    /// Returns false where there is no room.
+    /// Takes memory of `bytes` for filters that are to be added, until [`Session::filters_added`].
+    /// Returns false if there is no room.
     pub fn take_memory(&self, bytes: usize) -> bool {
         let mut state = self.state();
         let all = state.filters_memory() + bytes;
         state.memory.try_hold(all)
     }
 
-    /// Gives back memory that was taken for filters that have not come.
+    /// Releases memory that was taken for filters that were not added.
     pub fn filters_added(&self) {
         self.state().count();
     }
 
-    /// Returns the identifiers of the subscriptions that match a topic, shared ones excepted.
+    /// Returns the identifiers of the subscriptions that match a topic, except shared ones.
     pub fn subscription_ids(&self, topic: &str, publisher: Option<&[u8]>) -> Ids {
         let state = self.state();
         let is_own = publisher == Some(self.client_id.as_bytes());
@@ -320,20 +320,20 @@ impl Session {
         matching.map(|(_, options)| options.id).collect()
     }
 
-    /// Appends a note of where the outbox stands to the broker's stream, with `changes` and the
-    /// changes of filters that were not appended yet and wait for no record of a share. Does not wait:
-    /// where it fails an older note serves as well.
+    /// Appends a note of the outbox to the broker's stream, with `changes` and the pending changes of
+    /// filters that wait for no record of a share. Does not wait. If it fails, an older note is still
+    /// valid.
     pub fn note(&self, broker: &Broker, changes: Vec<Change>) {
         let _ = self.append_note(broker, changes);
     }
 
-    /// Appends a note as [`Self::note`] does; fails where it was not appended.
+    /// Appends a note as [`Self::note`] does. Fails if it was not appended.
     pub fn try_note(&self, broker: &Broker) -> Result<Ticket, AppendError> {
         self.append_note(broker, Vec::new())
     }
 
-    /// Appends a note with the changes of the subscriptions, and returns once it is durable. Safe to
-    /// drop: what is not appended then goes with a later note.
+    /// Appends a note with the changes of the subscriptions, and waits until it is durable. Cancel safe:
+    /// changes that were not appended are written with a later note.
     pub async fn note_durable(&self, broker: &Broker) -> Result<(), Stopped> {
         let append = || {
             let settled = broker.live.settle(broker);
@@ -352,8 +352,9 @@ impl Session {
         broker.durable(&*broker.broker, append).await
     }
 
-    /// Appends while it holds the outbox, so that notes reach the log in the order in which they
-    /// were made: an older one would list what another member of a share has taken over meanwhile.
+    /// Appends a note while holding the outbox, so that notes reach the log in the order in which they
+    /// were made. An older note would list messages that another member of a share has taken over
+    /// meanwhile.
     fn append_note(&self, broker: &Broker, mut changes: Vec<Change>) -> Result<Ticket, AppendError> {
         let positions = broker.live.positions_of(broker, self);
         let mut outbox = self.outbox();
@@ -383,8 +384,8 @@ impl Session {
         }
     }
 
-    /// Appends a note, and with it the record that [`State::record_due`] says is due. Not while a
-    /// connection has the session: that has appended a newer record, or is about to.
+    /// Appends a note, with the record that [`State::record_due`] marks as due. Does nothing while a
+    /// connection has the session, because that connection has appended a newer record, or is about to.
     fn note_with_record(&self, broker: &Broker) {
         let turn = self.turn.clone().try_lock_owned();
         let record = {
@@ -402,7 +403,7 @@ impl Session {
         self.state().record_due
     }
 
-    /// Says what a session that outlives its connection has lost, by its client.
+    /// Reports the messages that a persistent session has lost, by its client.
     fn report_lost(&self, broker: &Broker, lost: u64) {
         if lost > 0 {
             let client_id = &*self.client_id;
@@ -431,16 +432,16 @@ impl Session {
     }
 }
 
-/// What a start finds of the last run.
+/// The sessions that a start finds.
 pub struct LoadedSessions {
     pub sessions: Sessions,
     pub subscriptions: Vec<(Arc<Session>, String, Options)>,
     pub shares: Vec<FoundShare>,
-    /// Messages that waited for sessions and that their streams do not have any more.
+    /// Number of queued messages that their streams no longer have.
     pub lost: u64,
 }
 
-/// The latest time that the records of sessions tell.
+/// Returns the latest time in the records of sessions.
 pub fn newest_us(broker: &dyn Stream) -> u64 {
     let records = broker.state(SESSION);
     let records = records.iter().filter_map(|(_, value)| State::from_bytes(value));
@@ -448,9 +449,9 @@ pub fn newest_us(broker: &dyn Stream) -> u64 {
 }
 
 impl Sessions {
-    /// Reads the durable sessions, their subscriptions and the packet ids in
-    /// flight; removes what has no owner. `valid`: see [`Lineages`](super::lineages::Lineages).
-    /// `retained`: all retained messages by their ids.
+    /// Reads the durable sessions, their subscriptions and the packet ids in flight, and removes keys
+    /// without a session. `valid`: see [`Lineages`](super::lineages::Lineages). `retained`: all retained
+    /// messages by their ids.
     pub fn load(
         broker: &dyn Stream,
         streams: &[Arc<dyn Stream>],
@@ -600,18 +601,18 @@ impl Sessions {
         self.by_client().get(client_id).cloned()
     }
 
-    /// Returns the number of sessions. Takes no lock: callers hold an outbox.
+    /// Returns the number of sessions. Takes no lock, because callers hold an outbox.
     pub fn len(&self) -> usize {
         self.count.load(Ordering::Relaxed)
     }
 
-    /// Wakes every connection, to look at what changed for all.
+    /// Wakes every connection, to check a change that affects all.
     pub fn wake_all(&self) {
         self.by_client().values().for_each(|session| session.wake.notify_one());
     }
 
-    /// The client's session, once the connection that has it gives way.
-    /// `None` when there are `sessions_max` already.
+    /// Returns the client's session, once the connection that has it gives way. Returns `None` if there
+    /// are already `sessions_max`.
     pub async fn claim(&self, client_id: &str, sessions_max: usize) -> Option<(Arc<Session>, Turn)> {
         let session = {
             let mut by_client = self.by_client();
@@ -641,7 +642,8 @@ impl Sessions {
         Some((session, Turn(turn)))
     }
 
-    /// Begins or resumes for `owner`; returns session present. Durable when it returns.
+    /// Begins or resumes the session for `owner`, and returns whether it was present. It is durable when
+    /// this returns.
     pub async fn open(
         &self,
         broker: &Broker,
@@ -708,7 +710,8 @@ impl Sessions {
         Ok(resumed)
     }
 
-    /// The connection ended at `ended_us`, broker time; `expiry_s` where DISCONNECT changed it.
+    /// Handles the end of the connection at `ended_us` in broker time. `expiry_s` is set if DISCONNECT
+    /// changed it.
     pub async fn close(
         &self,
         broker: &Broker,
@@ -739,9 +742,9 @@ impl Sessions {
         drop(turn);
     }
 
-    /// Ends a client's session and its connection, if it has one; false where there is
-    /// no session. It keeps the turn until the end is appended: what the client's next
-    /// connection appends comes after it.
+    /// Ends a client's session and its connection, if it has one. Returns false if there is no session.
+    /// The turn is kept until the end is appended, so that appends of the client's next connection come
+    /// after it.
     pub async fn delete(&self, broker: &Broker, client_id: &str) -> bool {
         let Some(session) = self.get(client_id).filter(|session| session.is_alive()) else { return false };
         session.kicked.store(true, Ordering::Release);
@@ -754,7 +757,7 @@ impl Sessions {
         is_removed
     }
 
-    /// A claim that comes to nothing: a session made for it ends.
+    /// Gives up a claim without a connection. A session that was created for it ends.
     pub async fn give_back(&self, broker: &Broker, session: &Arc<Session>, turn: Turn) {
         if !session.is_alive() {
             self.end(broker, session).await;
@@ -762,7 +765,7 @@ impl Sessions {
         drop(turn);
     }
 
-    /// Removes a session and all that it left behind.
+    /// Removes a session and everything that it left behind.
     async fn end(&self, broker: &Broker, session: &Arc<Session>) {
         discard(broker, session).await;
         let changes = session.state().stale_removed();
@@ -776,8 +779,8 @@ impl Sessions {
         }
     }
 
-    /// Ends the sessions whose clients stayed away too long, drops what waited
-    /// too long, and notes where the others stand.
+    /// Ends expired sessions, drops messages that waited too long, and notes the positions of the
+    /// others.
     pub async fn sweep(&self, broker: &Broker) {
         // Refused: pending until the next sweep.
         let _ = broker.live.settle(broker);
@@ -813,7 +816,7 @@ impl Sessions {
         }
     }
 
-    /// Ends those of the sessions that are over.
+    /// Ends those of the sessions that have expired.
     async fn end_those_over(&self, broker: &Broker, sessions: &[Arc<Session>], now_us: u64) {
         let mut over = Vec::new();
         for session in sessions {
@@ -841,7 +844,7 @@ impl Sessions {
 }
 
 impl Sessions {
-    /// At the end, so that the next start has nothing to look for.
+    /// Notes all sessions at shutdown, so that the next start needs to find nothing again.
     pub fn note_all(&self, broker: &Broker) {
         broker.save_clock();
         self.all().iter().for_each(|session| session.note_with_record(broker));
@@ -849,7 +852,7 @@ impl Sessions {
     }
 }
 
-/// Says that sessions had come further than their streams, of which they waited for `lost` messages.
+/// Reports that sessions were ahead of their streams, of which they waited for `lost` messages.
 fn say_gone_back(streams: &[Arc<dyn Stream>], valid: &[u64], sessions: usize, lost: usize) {
     if sessions == 0 {
         return;
@@ -875,7 +878,7 @@ fn say_gone_back(streams: &[Arc<dyn Stream>], valid: &[u64], sessions: usize, lo
     }
 }
 
-/// Takes the claim back, also when the wait for the turn is dropped.
+/// A claim that is taken back when it is dropped, even while it waits for the turn.
 struct Claimed<'a>(&'a Session);
 
 impl Drop for Claimed<'_> {
@@ -884,7 +887,7 @@ impl Drop for Claimed<'_> {
     }
 }
 
-/// Forgets everything of a session; its keys of the broker stream are stale then.
+/// Removes all state of a session. Its keys in the broker's stream become stale.
 async fn discard(broker: &Broker, session: &Arc<Session>) {
     let queue_keys = session.outbox().keys();
     let (epoch, filters) = {
@@ -912,8 +915,8 @@ async fn discard(broker: &Broker, session: &Arc<Session>) {
     forget_ids(broker, epoch, &received);
 }
 
-/// Appends changes that remove what ended sessions left, once all that they gave to others is in the
-/// others' notes and in records.
+/// Appends changes that remove what ended sessions left, after everything that they gave to others is in
+/// the others' notes and in records.
 fn append_removal(broker: &Broker, changes: &[Change]) -> Result<Ticket, AppendError> {
     if changes.is_empty() {
         return Ok(Ticket::default());
@@ -932,7 +935,7 @@ fn append_removal(broker: &Broker, changes: &[Change]) -> Result<Ticket, AppendE
     appended
 }
 
-/// The same, waiting for room. Durable when it returns.
+/// Appends removals as [`append_removal`] does, waits for room, and waits until they are durable.
 async fn remove_durable(broker: &Broker, changes: &[Change]) -> Result<(), Stopped> {
     broker.durable(&*broker.broker, || append_removal(broker, changes)).await
 }
@@ -941,7 +944,7 @@ fn removed(keys: Vec<Vec<u8>>) -> Vec<Change> {
     keys.into_iter().map(|key| (key, None)).collect()
 }
 
-/// Packet ids of an epoch that is no longer kept.
+/// Removes the packet ids of an epoch that is no longer kept.
 fn forget_ids(broker: &Broker, epoch: u64, received: &[(u16, Received)]) {
     for (number, stream) in broker.streams.iter().enumerate() {
         let ids = received.iter().filter(|(_, received)| received.stream == number);
@@ -958,7 +961,7 @@ impl State {
         [key(SESSION, client_id.as_bytes())].into_iter().chain(filters).collect()
     }
 
-    /// Returns the number of bytes of memory that the filters take, as far as they can be counted.
+    /// Returns the approximate number of bytes of memory of the filters.
     fn filters_memory(&self) -> usize {
         subscriptions::memory(self.filters.len(), self.filter_sums.levels, self.filter_sums.bytes)
     }
@@ -976,7 +979,7 @@ impl State {
         self.alive && !self.connected && self.expiry_s != NEVER && ends_us <= now_us
     }
 
-    /// Expired, or left behind by a connect that was given up.
+    /// Returns whether the session has expired, or was left by an abandoned connect.
     fn is_over(&self, now_us: u64) -> bool {
         self.is_expired(now_us) || (!self.alive && !self.connected)
     }
@@ -1030,7 +1033,7 @@ fn key(prefix: &[u8], rest: &[u8]) -> Vec<u8> {
     [prefix, rest].concat()
 }
 
-/// Random, so that no epoch comes twice, whatever a crash forgot.
+/// Returns a random epoch, so that no epoch is used twice, whatever a crash lost.
 fn new_epoch() -> u64 {
     uuid::Uuid::new_v4().as_u64_pair().1
 }

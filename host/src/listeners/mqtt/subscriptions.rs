@@ -1,8 +1,8 @@
-//! Who wants which topics: a tree by topic level, so that a publish costs as
-//! much as the filters that it meets, not as all filters there are. Levels are
-//! numbered, so that a topic's texts are hashed once, however many branches
-//! its levels are looked for in.
-//! Matching: MQTT 5.0, section 4.7; shared subscriptions: 4.8.2.
+//! The index of subscriptions: a tree by topic level, so that the cost of a publish depends on the
+//! filters that match it, not on the number of filters. Levels are numbered, so that the texts of a
+//! topic are hashed once, in however many branches they are looked up.
+//!
+//! Matching follows MQTT 5.0, section 4.7; shared subscriptions section 4.8.2.
 
 mod share;
 
@@ -18,7 +18,7 @@ pub use self::share::Share;
 
 const SHARE: &str = "$share/";
 
-/// Deeper filters are refused: matching recurses once per level.
+/// Most levels of a filter. Deeper filters are refused, because matching recurses once for each level.
 pub const FILTER_LEVELS_MAX: usize = 128;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -26,20 +26,20 @@ pub struct Options {
     pub qos: u8,
     pub no_local: bool,
     pub retain_as_published: bool,
-    /// 0: none.
+    /// Subscription identifier; 0 if there is none.
     pub id: u32,
 }
 
 impl Options {
-    /// As kept in a session's durable state.
+    /// Returns the encoding in a session's durable state.
     pub fn to_bytes(self) -> [u8; 5] {
         let id = self.id.to_be_bytes();
         let bits = self.qos | u8::from(self.no_local) << 2 | u8::from(self.retain_as_published) << 3;
         [bits, id[0], id[1], id[2], id[3]]
     }
 
-    /// And what follows them in the record: how far the subscription is among the retained
-    /// messages, empty where it has had them.
+    /// Decodes the options. Also returns the rest of the record: the progress of the subscription among
+    /// the retained messages, empty if all were delivered.
     pub fn from_bytes(bytes: &[u8]) -> Option<(Self, &[u8])> {
         let [bits, a, b, c, d, rest @ ..] = bytes else { return None };
         let options = Self {
@@ -52,7 +52,7 @@ impl Options {
     }
 }
 
-/// What a SUBSCRIBE names: `sensors/#`, or `$share/NAME/sensors/#`.
+/// A filter in a SUBSCRIBE: `sensors/#`, or `$share/NAME/sensors/#`.
 #[derive(Clone, Debug)]
 pub struct Filter {
     text: Box<str>,
@@ -60,7 +60,7 @@ pub struct Filter {
 }
 
 impl Filter {
-    /// `None`: not valid (4.7.1, 4.8.2).
+    /// Parses a filter. Returns `None` if it is not valid (4.7.1, 4.8.2).
     pub fn parse(text: &str) -> Option<Self> {
         let (share, topics) = split(text);
         let named = |name: &str| !name.is_empty() && !name.contains(['+', '#']);
@@ -70,7 +70,7 @@ impl Filter {
         Some(Self { text: text.into(), topics: TopicFilter::new(topics).ok()? })
     }
 
-    /// As the client wrote it.
+    /// Returns the filter as the client wrote it.
     pub fn as_str(&self) -> &str {
         &self.text
     }
@@ -88,7 +88,7 @@ impl Filter {
     }
 }
 
-/// Name of the share, if any, and the filter of topics.
+/// Splits a filter into the name of the share, if there is one, and the topic filter.
 fn split(text: &str) -> (Option<&str>, &str) {
     match text.strip_prefix(SHARE).and_then(|rest| rest.split_once('/')) {
         Some((name, filter)) => (Some(name), filter),
@@ -96,63 +96,63 @@ fn split(text: &str) -> (Option<&str>, &str) {
     }
 }
 
-/// Returns whether a filter that was parsed is shared.
+/// Returns whether a valid filter is shared.
 pub fn is_shared(text: &str) -> bool {
     split(text).0.is_some()
 }
 
-/// Number of topic levels of a filter.
+/// Returns the number of topic levels of a filter.
 pub fn levels(text: &str) -> usize {
     1 + text.bytes().filter(|byte| *byte == b'/').count()
 }
 
-/// Returns about the number of bytes that a subscription takes in its session, and in the tree
-/// where no other filter has its levels.
+/// Returns the approximate memory of a subscription in its session, and in the tree if no other filter
+/// has its levels.
 pub fn memory_of(filter: &str) -> usize {
     memory(1, levels(filter), filter.len())
 }
 
-/// The same of several filters, of their levels and bytes together.
+/// Returns the approximate memory of several filters, given their number, levels and bytes.
 pub fn memory(filters: usize, levels: usize, bytes: usize) -> usize {
     const OF_FILTER: usize = 256;
     const OF_LEVEL: usize = 160;
     OF_FILTER * filters + OF_LEVEL * levels + 3 * bytes
 }
 
-/// Whether messages of streams can match: the broker's own topics lie in none.
+/// Returns whether messages of streams can match. The broker's own topics are in no stream.
 pub fn is_live(text: &str) -> bool {
     !topic::is_reserved(split(text).1)
 }
 
-/// The tree. `S` is who subscribes; compared by `number`.
+/// The tree. `S` is the subscriber; subscribers are compared by `number`.
 pub struct Tree<S = Arc<Session>> {
     root: Node<S>,
     levels: Levels,
 }
 
-/// The texts of all levels that are no wildcards, numbered.
+/// The texts of all levels that are not wildcards, with their numbers.
 #[derive(Default)]
 struct Levels {
-    /// Number, and how many nodes have it.
+    /// Number of a level, and how many nodes have it.
     known: HashMap<Box<str>, (u64, usize)>,
-    /// Numbers are not used again.
+    /// The last number. Numbers are not reused.
     last: u64,
 }
 
 struct Node<S> {
-    /// By the number of their level.
+    /// Children by the number of their level.
     children: HashMap<u64, Node<S>, BuildHasherDefault<NumberHasher>>,
-    /// Filters that end at this level.
+    /// Subscribers of filters that end at this level.
     here: Vec<Subscriber<S>>,
-    /// Filters that end with `#` below this level.
+    /// Subscribers of filters that end with `#` below this level.
     rest: Vec<Subscriber<S>>,
-    /// The child `+`.
+    /// The child for `+`.
     any: Option<Box<Node<S>>>,
-    /// Shared subscriptions that end here: with and without `#`.
+    /// Shared subscriptions that end here, without and with `#`.
     shares: Option<Box<[Vec<Share<S>>; 2]>>,
 }
 
-/// What a topic meets.
+/// A subscription that a topic matches.
 pub enum Found<'t, S> {
     One(&'t Subscriber<S>),
     Share(&'t Share<S>),
@@ -162,7 +162,7 @@ pub struct Subscriber<S> {
     pub number: u64,
     pub session: S,
     pub options: Options,
-    /// Whether its session outlives its connection.
+    /// Whether the session is persistent.
     pub is_kept: bool,
 }
 
@@ -183,7 +183,7 @@ impl Levels {
         self.known.get(text).map(|(number, _)| *number)
     }
 
-    /// For one more node.
+    /// Returns the number of a level for another node.
     fn take(&mut self, text: &str) -> u64 {
         if let Some((number, nodes)) = self.known.get_mut(text) {
             *nodes += 1;
@@ -194,7 +194,7 @@ impl Levels {
         self.last
     }
 
-    /// A node is gone.
+    /// Records that a node with this level was removed.
     fn give_back(&mut self, text: &str) {
         let Some((_, nodes)) = self.known.get_mut(text) else { return };
         *nodes -= 1;
@@ -204,7 +204,7 @@ impl Levels {
     }
 }
 
-/// Spreads numbers that we gave ourselves; not for what clients choose.
+/// Spreads numbers that this module assigns. Not suitable for keys that clients choose.
 #[derive(Default)]
 struct NumberHasher(u64);
 
@@ -224,26 +224,26 @@ impl Hasher for NumberHasher {
     }
 }
 
-/// The levels of the last topic that went down the tree and their numbers, as
-/// deep as a branch got: the next topic's levels are mostly the same.
+/// The levels of the last topic that was looked up, with their numbers, as deep as any branch. The next
+/// topic usually has the same levels.
 #[derive(Default)]
 pub struct Path<'a>(Vec<(&'a str, Option<u64>)>);
 
-/// A topic on its way down the tree.
+/// A topic during its lookup.
 struct Walk<'a, 'p> {
     levels: &'p Levels,
     path: &'p mut Path<'a>,
-    /// So many levels of `path` are this topic's.
+    /// Number of levels in `path` that belong to this topic.
     depth: usize,
-    /// What comes after them.
+    /// The rest of the topic.
     rest: Option<&'a str>,
 }
 
 enum Level {
-    /// No filter has it, but for wildcards.
+    /// A level that occurs in no filter, so that only wildcards match it.
     Unknown,
     Known(u64),
-    /// The topic has no more.
+    /// The end of the topic.
     End,
 }
 
@@ -267,7 +267,7 @@ impl Walk<'_, '_> {
 }
 
 impl<S> Tree<S> {
-    /// True when the subscriber did not have this filter yet.
+    /// Adds a subscription. Returns true if the subscriber did not have this filter.
     pub fn insert(&mut self, text: &str, number: u64, session: S, options: Options, is_kept: bool) -> bool {
         let (share, filter) = split(text);
         let mut node = &mut self.root;
@@ -309,20 +309,20 @@ impl<S> Tree<S> {
         true
     }
 
-    /// The session of a share's member ends with its connection from now on.
+    /// Marks a member of a share as one whose session ends with its connection.
     pub fn keep_no_more(&mut self, text: &str, number: u64) {
         if let Some(share) = self.share_mut(text) {
             share.keep_no_more(number);
         }
     }
 
-    /// What the subscriber had this filter with.
+    /// Removes a subscription, and returns its options.
     pub fn remove(&mut self, text: &str, number: u64) -> Option<Options> {
         let (share, filter) = split(text);
         self.root.remove(&mut self.levels, &mut filter.split('/'), share.map(|_| text), number)
     }
 
-    /// The share of this filter, if it has members.
+    /// Returns the share of this filter, if it has members.
     pub fn share(&self, text: &str) -> Option<&Share<S>> {
         let mut node = &self.root;
         let mut multi = false;
@@ -349,8 +349,8 @@ impl<S> Tree<S> {
         node.shares.as_mut()?[usize::from(multi)].iter_mut().find(|share| **share.filter == *text)
     }
 
-    /// Gives each subscription that matches; a subscriber may come more than once.
-    /// `path`: from topic to topic, while no filter comes or goes.
+    /// Passes each matching subscription to `found`; a subscriber may occur more than once. `path` can
+    /// be reused for the next topic as long as no filter is added or removed.
     pub fn matches<'t, 'a>(
         &'t self,
         topic: &'a str,
@@ -397,7 +397,7 @@ impl<S> Node<S> {
         }
     }
 
-    /// `share`: the whole text of a shared subscription.
+    /// Removes a subscription. `share` is the whole text of a shared subscription.
     fn remove(
         &mut self,
         known: &mut Levels,
@@ -429,7 +429,7 @@ impl<S> Node<S> {
         }
     }
 
-    /// `multi`: 1 for a filter that ends with `#`.
+    /// Removes a subscriber from this node. `multi` is 1 for a filter that ends with `#`.
     fn take(&mut self, share: Option<&str>, multi: usize, number: u64) -> Option<Options> {
         let Some(text) = share else {
             let subscribers = if multi == 1 { &mut self.rest } else { &mut self.here };

@@ -1,7 +1,6 @@
-//! `$SYS`: what the broker says of itself, under the names that users of
-//! Mosquitto know (mosquitto(8), "Broker Status"). Made from the counters every
-//! `sys_interval`; a new subscriber gets what is true at that moment. In no
-//! stream, and only for who asks for topics below `$`.
+//! `$SYS` topics: the broker's statistics, under the names that Mosquitto uses (mosquitto(8), "Broker
+//! Status"). They are derived from the counters every `sys_interval`; a new subscriber receives the
+//! current values. They are in no stream, and only subscribers of topics below `$` receive them.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,13 +14,14 @@ use crate::batch::flags;
 use crate::topic::TopicFilter;
 
 const ROOT: &str = "$SYS/broker";
-/// Of the moving averages.
+/// Windows of the moving averages.
 const MINUTES: [u32; 3] = [1, 5, 15];
 
 pub struct Sys {
     begin: Instant,
     loads: Mutex<Loads>,
-    /// Somebody was told what is true at that moment: more than the last round may have changed for it.
+    /// Whether a subscriber received current values since the last round, so that more may have changed
+    /// for it.
     asked: AtomicBool,
 }
 
@@ -30,7 +30,7 @@ struct Loads {
     loads: [Load; LOADS.len()],
 }
 
-/// A counter a minute, averaged over [`MINUTES`].
+/// The rate of a counter per minute, averaged over [`MINUTES`].
 #[derive(Clone, Copy, Default)]
 struct Load {
     total: u64,
@@ -60,7 +60,8 @@ impl Sys {
 }
 
 impl Load {
-    /// The exponential moving average: what it was fades by e in each window.
+    /// Updates the exponential moving average, in which old values decrease by the factor e in each
+    /// window.
     fn pass(&mut self, total: u64, elapsed: Duration) {
         let new = total.saturating_sub(std::mem::replace(&mut self.total, total)) as f64;
         let a_minute = new * 60.0 / elapsed.as_secs_f64();
@@ -71,7 +72,7 @@ impl Load {
     }
 }
 
-/// Publishes what has changed, every `sys_interval` until shutdown.
+/// Publishes changed values every `sys_interval` until shutdown.
 pub async fn run(broker: Arc<Broker>) {
     let interval = broker.config.sys_interval.0;
     if interval.is_zero() {
@@ -91,7 +92,7 @@ pub async fn run(broker: Arc<Broker>) {
     }
 }
 
-/// One round; `last` is what the last one found.
+/// Publishes one round. `last` has the values of the previous one.
 fn publish(broker: &Broker, last: &mut Vec<String>) {
     if broker.sys.asked.swap(false, Ordering::AcqRel) {
         last.clear();
@@ -105,7 +106,7 @@ fn publish(broker: &Broker, last: &mut Vec<String>) {
     *last = values.into_iter().map(|(_, value)| value).collect();
 }
 
-/// For a new subscriber.
+/// Returns the messages for a new subscriber.
 pub fn matching(broker: &Broker, filter: &TopicFilter) -> Vec<Message> {
     if broker.config.sys_interval.0.is_zero() {
         return Vec::new();
@@ -130,7 +131,7 @@ impl Sys {
     }
 }
 
-/// Always the same topics in the same order.
+/// Returns all values, always with the same topics in the same order.
 fn values(broker: &Broker) -> Vec<(String, String)> {
     let counters = &broker.counters;
     let totals = &broker.totals;

@@ -1,17 +1,17 @@
-//! Sessions that are taken over again and again.
+//! Detection of sessions that are taken over again and again.
 //!
-//! A device whose connection was lost takes its session over now and then. Two devices with one
-//! client id do so without end: each ends the connection of the other.
+//! A device that lost its connection takes its session over occasionally. Two devices with the same
+//! client id do so without end, because each ends the connection of the other.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Time in which takeovers of one session count together.
+/// Time within which takeovers of one session are counted together.
 const WINDOW: Duration = Duration::from_secs(60);
-/// Takeovers within [`WINDOW`] from which on they are not a device that reconnects.
+/// Number of takeovers within [`WINDOW`] that a single reconnecting device does not reach.
 const TAKEOVERS_MIN: u64 = 3;
-/// A client id is contended until there was no takeover for so long.
+/// Time without a takeover after which a client id is no longer contended.
 const QUIET_AFTER: Duration = Duration::from_secs(600);
 /// Most clients whose takeovers are counted at a time.
 pub const CLIENTS_MAX: usize = 1_024;
@@ -20,19 +20,19 @@ pub const CLIENTS_MAX: usize = 1_024;
 #[derive(Default)]
 pub struct Takeovers(Mutex<HashMap<Box<str>, Recent>>);
 
-/// A client id that several devices seem to have.
+/// A client id that several devices seem to share.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ContendedId {
     pub client_id: String,
-    /// Takeovers since they are that often.
+    /// Number of takeovers since they became so frequent.
     pub takeovers: u64,
-    /// Says which two connections the newest takeover was about.
+    /// The two connections of the newest takeover.
     pub newest: String,
 }
 
 struct Recent {
     since: Instant,
-    /// Takeovers since then.
+    /// Number of takeovers since then.
     within: u64,
     contended: Option<Contended>,
 }
@@ -44,8 +44,8 @@ struct Contended {
 }
 
 impl Takeovers {
-    /// Counts a takeover, between the connections that `newest` names. Returns how many there were
-    /// within a minute, where these are more than a device makes that reconnects.
+    /// Counts a takeover between the connections that `newest` names. Returns the number of takeovers
+    /// within a minute, if it is higher than a single reconnecting device causes.
     pub fn note(&self, client_id: &str, newest: &str, now: Instant) -> Option<u64> {
         let mut recent = self.lock();
         if !recent.contains_key(client_id) && recent.len() >= CLIENTS_MAX {
@@ -58,7 +58,7 @@ impl Takeovers {
         recent.entry(client_id.into()).or_insert_with(begun).note(newest, now)
     }
 
-    /// Returns the client ids that several devices seem to have, the most contended first.
+    /// Returns the client ids that several devices seem to share, the most contended first.
     pub fn contended(&self, now: Instant) -> Vec<ContendedId> {
         let recent = self.lock();
         let contended = recent.iter().filter_map(|(client_id, of)| {
@@ -71,8 +71,8 @@ impl Takeovers {
         contended
     }
 
-    /// Returns how often connections of this client ended each other lately: while they do so often, since
-    /// that began, and else within a minute.
+    /// Returns how often connections of this client recently ended each other: since this became
+    /// frequent, or otherwise within a minute.
     pub fn lately(&self, client_id: &str, now: Instant) -> u64 {
         let recent = self.lock();
         let Some(of) = recent.get(client_id).filter(|of| !of.is_over(now)) else { return 0 };

@@ -1,10 +1,9 @@
-//! The message that a client leaves behind, for when it is lost.
+//! Wills: messages that are published when their client is lost.
 //!
-//! A will is durable before its CONNACK, as state of the stream that its topic
-//! belongs to, and goes in the same append that publishes it: never twice.
-//! Wills that wait lie in one queue, for their delay, for room in their stream, or,
-//! after a restart, for the clients that the last run lost. What all wills take of the
-//! streams' states is bounded.
+//! A will is durable before its CONNACK, as state of the stream that its topic belongs to. The append
+//! that publishes it removes this state, so that it is never published twice. Wills wait in one queue
+//! for their delay, for room in their stream, or, after a restart, for the clients of the last run. The
+//! size of all wills in the state of streams is bounded.
 
 use std::collections::{BTreeSet, HashMap};
 use std::future::pending;
@@ -30,37 +29,37 @@ use crate::telemetry::Failures;
 
 const KIND: Kind = *b"wi";
 const FORMAT: u8 = 2;
-/// Without a device.
+/// Format without a device.
 const FORMAT_1: u8 = 1;
-/// Format, delay, flags.
+/// Size of format, delay and flags.
 const HEAD_BYTES: usize = 1 + 4 + 2;
-/// The length of each part but the payload.
+/// Size of the length of each part except the payload.
 const PART_HEAD_BYTES: usize = 4;
-/// Between two tries to publish a will that waits for room.
+/// Interval of attempts to publish a will that waits for room.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
-/// What CONNECT asked to be published when the client is lost.
+/// The message in CONNECT that is to be published when the client is lost.
 pub struct Will {
     pub topic: Box<str>,
     pub payload: Bytes,
-    /// As [`crate::properties`] lays them out.
+    /// Properties in the encoding of [`crate::properties`].
     pub properties: Vec<u8>,
     pub flags: u16,
     pub delay_s: u32,
-    /// Device that its client is, where that is known to be one.
+    /// Device of the client, if it is known.
     pub device: Option<Box<str>>,
-    /// Once it is appended, or is about to be.
+    /// Record in the stream's state, once it is appended or about to be.
     pub record: Option<Record>,
 }
 
-/// A will in its stream's state.
+/// A will in the state of its stream.
 pub struct Record {
     stream: usize,
     blob: Blob,
     _place: Place,
 }
 
-/// What a will takes of the streams' states, counted until it is dropped.
+/// The size of a will in the state of streams, counted until this is dropped.
 #[derive(Debug)]
 pub struct Place {
     bytes: usize,
@@ -73,8 +72,8 @@ impl Drop for Place {
     }
 }
 
-/// The will of a connect that is yet to be accepted: of a network connection that never comes to
-/// be none is published (MQTT 5.0, 3.1.2.5). Forgets the will when it is dropped before.
+/// The will of a connect that is not accepted yet. If the network connection is never accepted, no will
+/// is published (MQTT 5.0, 3.1.2.5): the will is removed when this is dropped.
 pub struct Unaccepted<'b> {
     broker: &'b Broker,
     will: Option<Will>,
@@ -85,7 +84,7 @@ impl<'b> Unaccepted<'b> {
         Self { broker, will }
     }
 
-    /// Keeps the will, if there is one: as [`Will::keep`].
+    /// Stores the will, if there is one: see [`Will::keep`].
     pub async fn keep(&mut self, client_id: &str, place: Option<Place>) -> Result<(), Stopped> {
         match (&mut self.will, place) {
             (Some(will), Some(place)) => will.keep(self.broker, client_id, place).await,
@@ -93,7 +92,7 @@ impl<'b> Unaccepted<'b> {
         }
     }
 
-    /// The connect ends with CONNACK: the will is its connection's.
+    /// Passes the will to the connection, when CONNACK is sent.
     pub fn accepted(mut self) -> Option<Will> {
         self.will.take()
     }
@@ -117,11 +116,11 @@ struct Waiting {
 /// What a will waits for.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Cause {
-    /// Its own delay.
+    /// The will's own delay.
     Delay,
-    /// Room in its stream.
+    /// Room in the will's stream.
     Room,
-    /// Its client, which the last run lost.
+    /// The client of the last run.
     Restart,
 }
 
@@ -131,20 +130,20 @@ struct Queue {
     due: BTreeSet<(Instant, Box<str>)>,
 }
 
-/// How many bytes there are of all wills, and those that wait.
+/// The size of all wills, and those that wait.
 pub struct Wills {
     bytes: Arc<AtomicUsize>,
     bytes_max: usize,
     waiting: Mutex<Queue>,
-    /// The first may be due sooner.
+    /// Notified when the first will may be due earlier.
     changed: Notify,
-    /// Records whose streams did not take their removal: it is tried again, and
-    /// until then they count.
+    /// Records whose removal their streams did not accept. It is tried again, and until then they count.
     unremoved: Mutex<Vec<Record>>,
 }
 
 impl Will {
-    /// Durable when it returns. A caller that gives up before forgets the will.
+    /// Stores the will. It is durable when this returns. If the future is dropped earlier, the will is
+    /// removed.
     pub async fn keep(&mut self, broker: &Broker, client_id: &str, place: Place) -> Result<(), Stopped> {
         let stream = broker.ingest.route(&self.topic);
         let bytes = self.encode(client_id);
@@ -155,7 +154,7 @@ impl Will {
         broker.append_durable(&*broker.streams[stream], &changes).await
     }
 
-    /// The client does not want it published any more.
+    /// Removes the will, because the client no longer wants it to be published.
     pub fn forget(self, broker: &Broker) {
         if let Some(record) = self.record {
             // Not awaited: lost in a crash, it waits for the client once more.
@@ -163,7 +162,8 @@ impl Will {
         }
     }
 
-    /// As [`Self::forget`], durable when it returns: it is never published, whatever happens then.
+    /// Removes the will as [`Self::forget`] does. The removal is durable when this returns, so the will
+    /// is never published.
     pub async fn forget_durably(self, broker: &Broker) -> Result<(), Stopped> {
         let Some(record) = &self.record else { return Ok(()) };
         let (stream, mut removal) = (record.stream, Vec::new());
@@ -175,7 +175,7 @@ impl Will {
         Ok(())
     }
 
-    /// Appends the will and removes its record in one; never waits.
+    /// Appends the will and the removal of its record together. Does not wait.
     fn publish(&mut self, broker: &Broker, client_id: &str) -> Result<(), Rejected> {
         let place = broker.ingest.place(&self.topic);
         let number = place.stream;
@@ -199,20 +199,20 @@ impl Will {
         append(broker, number, message, &removal)
     }
 
-    /// Whether the client that left it had this name.
+    /// Returns whether the will belongs to a client with this owner.
     fn is_of(&self, owner: &Owner) -> bool {
         let name = crate::properties::get(&self.properties, Origin::Listener, facts::USERNAME);
         owner.has_name(name)
     }
 
-    /// Says that it is lost, and removes its record.
+    /// Reports that the will is lost, and removes its record.
     fn give_up(self, broker: &Broker, client_id: &str, why: &str) {
         let detail = format!("client {client_id}, topic {}: {why}", self.topic);
         broker.failures.report_by("mqtt: a will could not be published", client_id, 1, &detail, "");
         self.forget(broker);
     }
 
-    /// What its record takes of its stream's state.
+    /// Returns the size of its record in the stream's state.
     pub fn state_bytes(&self, client_id: &str) -> usize {
         blobs::state_bytes(self.encoded_len(client_id))
     }
@@ -237,7 +237,7 @@ impl Will {
         bytes
     }
 
-    /// With the client that it is of.
+    /// Decodes a will and its client id.
     fn decode(bytes: &[u8]) -> Option<(Box<str>, Self)> {
         fn part<'a>(rest: &mut &'a [u8]) -> Option<&'a [u8]> {
             let (len, after) = rest.split_first_chunk()?;
@@ -289,9 +289,9 @@ fn append(
     Ok(())
 }
 
-/// The client was lost, and its session has `expiry_s` left. A will without delay is
-/// appended before the session may be taken over, so that it never comes after what the
-/// client's next connection publishes. Others wait: see [`Wills::client_is_back`].
+/// Handles the loss of the client, whose session has `expiry_s` left. A will without delay is appended
+/// before the session can be taken over, so that it precedes all messages of the client's next
+/// connection. Other wills wait: see [`Wills::client_is_back`].
 pub async fn lost(broker: &Broker, client_id: &str, expiry_s: u32, mut will: Will) {
     let delay = Duration::from_secs(will.delay_s.min(expiry_s).into());
     if !delay.is_zero() {
@@ -315,8 +315,8 @@ pub async fn lost(broker: &Broker, client_id: &str, expiry_s: u32, mut will: Wil
 }
 
 impl Wills {
-    /// Reads the wills that the last run left; they count, also past `bytes_max`, and
-    /// wait for `delay_least` at least.
+    /// Loads the wills of the last run. They count even beyond `bytes_max`, and wait for at least
+    /// `delay_least`.
     pub fn load(
         streams: &[Arc<dyn Stream>],
         bytes_max: usize,
@@ -351,7 +351,7 @@ impl Wills {
         }
     }
 
-    /// Room for one more; `None` where all wills have `wills_bytes_max` already.
+    /// Returns room for another will; `None` if all wills already have `wills_bytes_max`.
     pub fn enter(&self, broker: &Broker, bytes: usize) -> Option<Place> {
         self.remove_left(broker, lock(&self.unremoved));
         let fits = |all: usize| all.checked_add(bytes).filter(|all| *all <= self.bytes_max);
@@ -359,26 +359,26 @@ impl Wills {
         Some(Place { bytes, all: self.bytes.clone() })
     }
 
-    /// What all wills take of the streams' states.
+    /// Returns the size of all wills in the state of streams.
     pub fn bytes(&self) -> usize {
         self.bytes.load(Ordering::Acquire)
     }
 
-    /// The client has a connection again, as `owner`; its CONNACK is yet to come. A will
-    /// that waited for its delay is void where the session goes on (`resumed`), and is
-    /// published now where that has ended (MQTT 5.0, 3.1.3.2.2), as is one that
-    /// waited for room. A will of the last run is void, unless it is of another user.
-    /// Waits until its stream has room: a will that came later could overwrite what the
-    /// new connection publishes. Safe to drop: that will then waits for room, and those that would
-    /// be void wait as before, for the client is not back.
+    /// Handles that the client has a connection again, as `owner`, before its CONNACK is sent. A will
+    /// that waited for its delay is void if the session is resumed (`resumed`); if the session has
+    /// ended, the will is published now (MQTT 5.0, 3.1.3.2.2), and so is a will that waited for room. A
+    /// will of the last run is void, unless it belongs to another user. Waits until the will's stream
+    /// has room, because a later will could overwrite messages of the new connection. Cancel safe: that
+    /// will then waits for room, and those that would be void wait as before, since the client is not
+    /// connected.
     pub async fn client_is_back(&self, broker: &Broker, client_id: &str, owner: &Owner, resumed: bool) {
         while let Err(stream) = self.settle(broker, client_id, owner, resumed) {
             broker.streams[stream].writable().await;
         }
     }
 
-    /// Decides about the wills of a client that is back. `Err`: the stream that has no
-    /// room for one of them, which waits for it.
+    /// Decides about the wills of a client that is connected again. The error is the stream without room
+    /// for one of them, which waits for it.
     fn settle(&self, broker: &Broker, client_id: &str, owner: &Owner, resumed: bool) -> Result<(), usize> {
         let mut queue = lock(&self.waiting);
         let (mut void, mut full) = (Vec::new(), Ok(()));
@@ -418,7 +418,8 @@ impl Wills {
         self.remove_left(broker, unremoved);
     }
 
-    /// Tries each stream until it refuses a removal: one without room holds only its own.
+    /// Tries to remove records from each stream until it refuses one. A stream without room delays only
+    /// its own removals.
     fn remove_left(&self, broker: &Broker, mut unremoved: MutexGuard<'_, Vec<Record>>) {
         let mut refuses = vec![false; broker.streams.len()];
         unremoved.retain(|record| {
@@ -430,9 +431,9 @@ impl Wills {
         });
     }
 
-    /// Publishes the first will that is due. Returns when to call again; `None`: not
-    /// before there is another. Under the lock, so that a client that is back finds a
-    /// will that waits, or one that is in its stream.
+    /// Publishes the first will that is due. Returns when to call again; `None` if not before there is
+    /// another will. It holds the lock, so that a client that connects again finds either a waiting
+    /// will, or one in its stream.
     pub fn publish_due(&self, broker: &Broker, now: Instant) -> Option<Instant> {
         let mut queue = lock(&self.waiting);
         if let Some((client_id, Waiting { mut will, .. })) = queue.take_due(now) {
@@ -472,8 +473,8 @@ impl Queue {
     }
 }
 
-/// Publishes wills whose time has come, until shutdown; those that still wait stay for
-/// the next run (MQTT 5.0, 3.1.2.5).
+/// Publishes wills when they are due, until shutdown. Those that still wait stay for the next run (MQTT
+/// 5.0, 3.1.2.5).
 pub async fn publish_waiting(broker: Arc<Broker>) {
     loop {
         let next = broker.wills.publish_due(&broker, Instant::now());

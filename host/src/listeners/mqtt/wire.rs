@@ -1,7 +1,8 @@
-//! The packets of the hot path, by hand: framing, PUBLISH in both directions,
-//! the four acks. They are read in place, from the connection's read buffer, so
-//! that a message is copied once, into its stream. All other packets go through
-//! `rmqtt-codec`; a property test holds that both read a PUBLISH alike.
+//! The hand-written codec for packets of the hot path: framing, PUBLISH in both directions, and the four
+//! acknowledgements. They are parsed in place in the connection's read buffer, so that a message is
+//! copied once, into its stream. All other packets use `rmqtt-codec`; a property test checks that both
+//! parse a PUBLISH alike.
+//!
 //! Format: MQTT 5.0, sections 2 and 3.3 to 3.7.
 
 mod codec;
@@ -15,7 +16,7 @@ pub use encode::{
     ACK_BYTES_MAX, OutPublish, put_ack, put_ack_with, put_pingresp, put_var_int, put_with_reason,
 };
 
-/// Types in the upper half of a packet's first byte.
+/// Packet types in the upper half of a packet's first byte.
 pub const CONNECT: u8 = 0x10;
 pub const CONNACK: u8 = 0x20;
 pub const PUBLISH: u8 = 0x30;
@@ -35,7 +36,7 @@ pub const DISCONNECT: u8 = 0xe0;
 const REASON_STRING: u8 = 0x1f;
 const TOPIC_ALIAS: u8 = 0x23;
 
-/// A longer CONNECT is refused, and AUTH before CONNACK: nobody knows yet who sends them.
+/// Longest CONNECT, and longest AUTH before CONNACK, because the client is not known yet.
 pub const CONNECT_BYTES_MAX: usize = 64 << 10;
 
 /// PUBCOMP, PUBREL: packet identifier not found.
@@ -55,8 +56,8 @@ pub enum Version {
 }
 
 impl Version {
-    /// First byte of a packet without the DUP flag that MQTT 3.1 (2.1) has for PUBREL,
-    /// SUBSCRIBE and UNSUBSCRIBE too: it says nothing that we use.
+    /// Returns the first byte of a packet without the DUP flag, which MQTT 3.1 (2.1) also has for
+    /// PUBREL, SUBSCRIBE and UNSUBSCRIBE and which is not used here.
     #[inline]
     pub fn first(self, first: u8) -> u8 {
         match first & 0xf0 {
@@ -66,10 +67,10 @@ impl Version {
     }
 }
 
-/// What a client did wrong; ends its connection.
+/// A violation of the protocol or the rules by a client, which ends its connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fault {
-    /// For MQTT 5's DISCONNECT.
+    /// Reason code for MQTT 5's DISCONNECT.
     pub code: DisconnectReasonCode,
     pub what: &'static str,
 }
@@ -83,7 +84,7 @@ impl Fault {
         Self { code: DisconnectReasonCode::ProtocolError, what }
     }
 
-    /// The packet is well-formed, but the client may not.
+    /// Returns whether the packet is well-formed, but not permitted.
     pub fn is_refusal(&self) -> bool {
         self.code == DisconnectReasonCode::NotAuthorized
     }
@@ -111,11 +112,11 @@ const NUL: Fault = Fault::malformed("text has a NUL character");
 pub struct Frame<'a> {
     pub first: u8,
     pub body: &'a [u8],
-    /// Bytes of the packet with its header.
+    /// Size of the packet with its header.
     pub len: usize,
 }
 
-/// The first packet of `bytes`; `None` while it is not whole.
+/// Returns the first packet of `bytes`; `None` if it is incomplete.
 #[inline]
 pub fn frame(bytes: &[u8], packet_bytes_max: usize) -> Result<Option<Frame<'_>>, Fault> {
     let Some((&first, rest)) = bytes.split_first() else { return Ok(None) };
@@ -130,14 +131,14 @@ pub fn frame(bytes: &[u8], packet_bytes_max: usize) -> Result<Option<Frame<'_>>,
     Ok(bytes.get(header..header + len).map(|body| Frame { first, body, len: header + len }))
 }
 
-/// Bytes of the packet at the front, once its header is there.
+/// Returns the size of the packet at the front, once its header is complete.
 pub fn packet_len(bytes: &[u8]) -> Option<usize> {
     let (len, used) = var_int(bytes.get(1..)?).ok()??;
     Some(1 + used + len)
 }
 
-/// Describes the first packet of `bytes` that is larger than a client may send, with its topic
-/// where that has come: for a person who looks for the device's message.
+/// Describes the first packet of `bytes`, which exceeds the allowed size, with its topic if that has
+/// been received, so that an operator can find the device.
 pub fn too_large(mut bytes: &[u8], packet_bytes_max: usize) -> Option<String> {
     while let Ok(Some(frame)) = frame(bytes, packet_bytes_max) {
         bytes = &bytes[frame.len..];
@@ -155,7 +156,7 @@ pub fn too_large(mut bytes: &[u8], packet_bytes_max: usize) -> Option<String> {
     Some(format!("a message of {len} bytes{topic}"))
 }
 
-/// A variable byte integer and its length; `None` while it is not whole.
+/// Decodes a variable byte integer, and returns it with its length; `None` if it is incomplete.
 #[inline]
 fn var_int(bytes: &[u8]) -> Result<Option<(usize, usize)>, Fault> {
     let mut value = 0;
@@ -174,11 +175,11 @@ pub struct Publish<'a> {
     pub qos: u8,
     pub retain: bool,
     pub dup: bool,
-    /// Empty where a topic alias stands for it.
+    /// Topic; empty if a topic alias replaces it.
     pub topic: &'a str,
-    /// 0 with QoS 0.
+    /// Packet id; 0 with QoS 0.
     pub packet_id: u16,
-    /// MQTT 5's properties as they came: [`properties`] reads them.
+    /// Encoded MQTT 5 properties, which [`properties`] decodes.
     pub properties: &'a [u8],
     pub payload: &'a [u8],
 }
@@ -219,7 +220,7 @@ pub enum Property<'a> {
     User(&'a str, &'a str),
 }
 
-/// Gives each property to `visit`; refuses what MQTT 5 forbids a client to send.
+/// Passes each property to `visit`. Fails for properties that a client must not send.
 pub fn properties<'a>(mut raw: &'a [u8], mut visit: impl FnMut(Property<'a>)) -> Result<(), Fault> {
     let mut seen = 0u64;
     while let Some((&id, rest)) = raw.split_first() {
@@ -254,7 +255,7 @@ pub fn properties<'a>(mut raw: &'a [u8], mut visit: impl FnMut(Property<'a>)) ->
     Ok(())
 }
 
-/// It names a topic, so it has no wildcard (MQTT 5.0, 3.3.2.3.5).
+/// Checks a response topic, which must not contain wildcards (MQTT 5.0, 3.3.2.3.5).
 pub fn response_topic(topic: &str) -> Result<&str, Fault> {
     if topic.contains(['+', '#']) {
         return Err(Fault::protocol("a wildcard in the response topic"));
@@ -275,7 +276,7 @@ fn binary<'a>(rest: &mut &'a [u8]) -> Result<&'a [u8], Fault> {
     take(rest, u16::from_be_bytes([len[0], len[1]]).into())
 }
 
-/// What follows its length as a variable byte integer.
+/// Returns the bytes after a length in the form of a variable byte integer.
 #[inline]
 fn sized<'a>(rest: &mut &'a [u8]) -> Result<&'a [u8], Fault> {
     let (len, used) = var_int(rest)?.ok_or(Fault::malformed("properties are cut short"))?;
@@ -298,8 +299,8 @@ fn packet_id(rest: &mut &[u8]) -> Result<u16, Fault> {
     }
 }
 
-/// Packet id and reason code of PUBACK, PUBREC, PUBREL or PUBCOMP. MQTT 5's
-/// properties of acks say nothing that we use.
+/// Returns packet id and reason code of PUBACK, PUBREC, PUBREL or PUBCOMP. MQTT 5 properties of these
+/// packets are not used.
 pub fn ack(version: Version, frame: &Frame<'_>) -> Result<(u16, u8), Fault> {
     let mut rest = frame.body;
     let id = packet_id(&mut rest)?;
@@ -310,7 +311,7 @@ pub fn ack(version: Version, frame: &Frame<'_>) -> Result<(u16, u8), Fault> {
     }
 }
 
-/// Bytes of a PUBLISH's payload; 0 where it is none.
+/// Returns the size of a PUBLISH's payload; 0 for other packets.
 pub fn payload_len(version: Version, frame: &Frame<'_>) -> usize {
     let read = |mut rest| {
         binary(&mut rest)?;
@@ -325,8 +326,7 @@ pub fn payload_len(version: Version, frame: &Frame<'_>) -> usize {
     read(frame.body).unwrap_or(0)
 }
 
-/// Gives each reason code of a packet of ours that says no to `visit`; of a
-/// DISCONNECT any.
+/// Passes each negative reason code of an outgoing packet to `visit`; for DISCONNECT, any reason code.
 pub fn refusals(version: Version, frame: &Frame<'_>, mut visit: impl FnMut(u8)) {
     let codes = match (frame.first, frame.body) {
         (CONNACK, [_, code, ..]) if *code != 0 => std::slice::from_ref(code),

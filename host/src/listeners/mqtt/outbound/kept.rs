@@ -30,22 +30,22 @@ pub const NOTE: &[u8] = b"qr";
 pub const STEP: &[u8] = b"oi";
 pub const SENT: &[u8] = b"os";
 
-/// All notes together, in a stream's state.
+/// Bytes of all notes together in a stream's state.
 const NOTES_BYTES_MAX: usize = 24 << 20;
-/// The live delivery may be so many messages ahead of a note: a restart reads them.
+/// Number of messages by which live delivery may be ahead of a note. A restart reads them again.
 pub const NOTE_EVERY_MESSAGES: u64 = 1 << 18;
 
-/// What one session's packets in flight may take of the broker stream's state: past
-/// it they wait for what the client acknowledges.
+/// Bytes that the packets in flight of one session may take of the state of the broker's stream. Further
+/// messages wait for acknowledgements of the client.
 pub const SESSION_STEPS_BYTES_MAX: usize = 256 << 10;
 
 pub(super) const FORMAT: u8 = 3;
 const PHASE_SENT: u8 = 3;
 const PHASE_RELEASED: u8 = 2;
-/// A note that names no part of a stream with messages that it does not list.
+/// Format of a note that names no part of a stream with unlisted messages.
 const FORMAT_2: u8 = 2;
-/// A retained message by its topic, and all subscription identifiers with each entry:
-/// as 0.1.0 wrote them.
+/// Format of 0.1.0, which stores a retained message by its topic, and all subscription identifiers with
+/// each entry.
 const FORMAT_1: u8 = 1;
 const PHASE_SENT_1: u8 = 1;
 const IDENTITY_BYTES: usize = 20;
@@ -57,40 +57,44 @@ const IDS: u8 = 1 << 5;
 const SHARE: u8 = 1 << 6;
 const RETAINED: u8 = 1 << 7;
 
-/// Changes are numbered; a packet goes out once the number of its change is durable.
+/// The durable records of an outbox. Changes are numbered, and a packet is sent once the number of its
+/// change is durable.
 pub struct Kept {
     epoch: u64,
     streams: Arc<[Identity]>,
-    /// Not appended yet.
+    /// Changes that are not appended yet.
     changes: BTreeMap<Vec<u8>, Option<Vec<u8>>>,
     made: u64,
-    /// Appended up to the number, durable with the ticket.
+    /// Appended changes: the number up to which a ticket makes them durable.
     appended: VecDeque<(u64, Ticket)>,
     durable: u64,
-    /// One past the last QoS 2 message of each stream that has had a record.
+    /// For each stream, one past the last QoS 2 message that has had a record.
     sent: Box<[u64]>,
-    /// PUBRELs in the order of their PUBRECs, with their changes.
+    /// PUBRELs in the order of their PUBRECs, with the numbers of their changes.
     pub releases: VecDeque<(u16, u64)>,
-    /// Something was acknowledged since the last note.
+    /// Whether a message was acknowledged since the last note.
     pub changed: bool,
-    /// The last note's places.
+    /// Positions in the last note.
     noted: Box<[u64]>,
-    /// The next append must carry a note: what it sends lies apart.
+    /// Whether the next append must contain a note, because it covers messages out of the order of their
+    /// streams.
     pub note_due: bool,
-    /// The changes found no room.
+    /// Whether the changes found no room.
     pub refused: bool,
     /// Changes of subscriptions that are not appended yet: see [`filters`](super::filters).
     pub filters: FilterChanges,
-    /// Those of them that are not appended before the record of their share.
+    /// Filters whose changes may not be appended before the record of their share.
     pub awaiting_records: BTreeSet<Box<str>>,
-    /// The last note found no room.
+    /// Whether the last note found no room.
     pub note_refused: bool,
-    /// Bytes of the records of packets in flight in the broker stream's state.
+    /// Bytes of the records of packets in flight in the state of the broker's stream.
     steps_bytes: usize,
-    /// The records say more than is true of the streams: see [`Outbox::renew`](super::Outbox::renew).
+    /// Whether the records are no longer true of the streams: see
+    /// [`Outbox::renew`](super::Outbox::renew).
     pub is_stale: bool,
-    /// What the session gave to other members of a share, until [`Outbox::passed_on`](super::Outbox::passed_on):
-    /// its notes list that too, since those of the members do not yet.
+    /// Messages that the session gave to other members of a share, until
+    /// [`Outbox::passed_on`](super::Outbox::passed_on). The session's notes list them too, since those
+    /// of the other members do not yet.
     pub passing_on: Vec<Queued>,
 }
 
@@ -127,18 +131,18 @@ impl Kept {
         self.durable
     }
 
-    /// Whether this QoS 2 message was taken from the queue before a restart.
+    /// Returns whether this QoS 2 message was taken from the queue before a restart.
     pub fn was_sent(&self, stream: u16, offset: u64) -> bool {
         self.sent.get(usize::from(stream)).is_some_and(|sent| offset < *sent)
     }
 
-    /// Returns below which offset QoS 2 messages of a stream were taken from the queue before a restart.
+    /// Returns the offset below which QoS 2 messages of a stream were taken from the queue before a
+    /// restart.
     pub fn sent(&self, stream: usize) -> u64 {
         self.sent.get(stream).copied().unwrap_or(0)
     }
 
-    /// Takes over the mark of a stream in which only messages below `valid` are those that it
-    /// speaks of.
+    /// Restores the watermark of a stream. Only messages below `valid` are those to which it refers.
     fn restore_sent(&mut self, stream: usize, sent: u64, valid: u64) {
         self.sent[stream] = sent.min(valid);
         if sent > valid {
@@ -148,12 +152,13 @@ impl Kept {
         }
     }
 
-    /// Whether one more QoS 2 message may get a packet id.
+    /// Returns whether another QoS 2 message may get a packet id.
     pub fn has_room(&self) -> bool {
         self.steps_bytes < SESSION_STEPS_BYTES_MAX
     }
 
-    /// A QoS 2 message gets its packet id; the number of the change, and the bytes of its record.
+    /// Records the packet id of a QoS 2 message. Returns the number of the change, and the bytes of its
+    /// record.
     pub fn send(&mut self, packet_id: u16, queued: &Queued) -> (u64, u32) {
         self.made += 1;
         if let (Source::Stream { stream, offset }, false) = (&queued.source, queued.apart) {
@@ -168,7 +173,7 @@ impl Kept {
         (self.made, record)
     }
 
-    /// Its PUBREL may go once the number that is returned is durable.
+    /// Records the release of a message, whose PUBREL may be sent once the returned number is durable.
     pub fn release(&mut self, flight: &mut InFlight) {
         self.made += 1;
         self.steps_bytes -= flight.record as usize;
@@ -203,12 +208,12 @@ impl Kept {
         record as u32
     }
 
-    /// The last change of a key is the one that counts.
+    /// Sets the change of a key. The last change of a key is written.
     fn set(&mut self, key: Vec<u8>, value: Option<Vec<u8>>) {
         self.changes.insert(key, value);
     }
 
-    /// Number of the last change.
+    /// Returns the number of the last change.
     pub fn made(&self) -> u64 {
         self.made
     }
@@ -217,7 +222,7 @@ impl Kept {
         &self.changes
     }
 
-    /// The changes were appended.
+    /// Records that the changes were appended.
     pub fn appended(&mut self, ticket: Ticket) {
         self.changes.clear();
         self.refused = false;
@@ -241,12 +246,12 @@ impl Kept {
         !self.appended.is_empty()
     }
 
-    /// With which ticket a change is durable; `None`: not appended.
+    /// Returns the ticket with which a change is durable; `None` if it is not appended.
     pub fn ticket(&self, number: u64) -> Option<Ticket> {
         self.appended.iter().find(|(upto, _)| number <= *upto).map(|(_, ticket)| *ticket)
     }
 
-    /// Whether a restart would have much to read, or to send again.
+    /// Returns whether a restart would have to read or send much again.
     pub fn wants_note(&self, positions: &[u64]) -> bool {
         let far = |(at, noted): (&u64, &u64)| at.saturating_sub(*noted) >= NOTE_EVERY_MESSAGES;
         self.changed
@@ -255,9 +260,9 @@ impl Kept {
             || positions.iter().zip(&self.noted).any(far)
     }
 
-    /// The note: `positions` is where the live delivery is at least, read
-    /// before the outbox was locked; changes up to `with` go in the same append. Of
-    /// `queue`, what can be found again in its stream comes last.
+    /// Returns the note. `positions` are positions that live delivery has reached, read before the
+    /// outbox was locked; changes up to `with` are in the same append. Of `queue`, messages that can be
+    /// found again in their stream come last.
     #[expect(clippy::too_many_arguments, reason = "each is one part of the outbox, or a bound")]
     pub fn note<'q>(
         &mut self,
@@ -326,7 +331,7 @@ impl Kept {
         (key(NOTE, self.epoch, &[]), Some(value))
     }
 
-    /// All keys that it may have in the broker stream.
+    /// Returns all keys that the session may have in the broker's stream.
     pub fn keys(&self, inflight: impl Iterator<Item = u16>) -> Vec<Vec<u8>> {
         let sent = self.streams.iter().zip(&self.sent).filter(|(_, sent)| **sent > 0);
         let sent = sent.map(|(identity, _)| key(SENT, self.epoch, &identity_bytes(identity)));
@@ -339,15 +344,15 @@ impl Kept {
     }
 }
 
-/// Bytes of one session's note.
+/// Returns the most bytes of one session's note.
 pub fn note_bytes_max(sessions: usize) -> usize {
     (NOTES_BYTES_MAX / sessions.max(1)).clamp(96, STATE_VALUE_BYTES_MAX / 2)
 }
 
-/// Finds a retained message by its id and the time that it was received.
+/// Finds a retained message by its id and the time at which it was received.
 pub type FindRetained<'a> = &'a dyn Fn(&Id, u64) -> Option<Arc<Message>>;
 
-/// What the broker stream knows of one session's outbox.
+/// The records of one session's outbox in the broker's stream.
 #[derive(Default)]
 pub struct Found {
     note: Option<Vec<u8>>,
@@ -357,24 +362,25 @@ pub struct Found {
     pub shares: Vec<FoundShare>,
 }
 
-/// An outbox as it was, or as far as it can be known.
+/// An outbox as it was, or as far as it is known.
 pub struct Restored {
     pub kept: Kept,
-    /// By stream: messages below are listed, or done. Ends where nothing is known.
+    /// Position for each stream: earlier messages are listed or complete. It is the end of the stream if
+    /// nothing is known.
     pub from: Box<[u64]>,
-    /// Tells by stream where other messages lie that members of a share gave it.
+    /// For each stream, the part with unlisted messages that members of a share gave the session.
     pub unlisted: Parts,
-    /// What the records of shares do not list of which the session is the heir: the parts of the streams
-    /// that the members of the share are to be offered.
+    /// For the shares of which the session is the heir: the parts of the streams that the record does
+    /// not list, which the members of the share are to be offered.
     pub owed: Vec<(ShareFilter, Parts)>,
     pub inflight: Vec<InFlight>,
     pub queue: Vec<Queued>,
-    /// Messages that were noted and that their streams do not have.
+    /// Number of noted messages that their streams do not have.
     pub lost: usize,
 }
 
 impl Found {
-    /// A key without its prefix and epoch; false where it cannot be of ours.
+    /// Adds a record, given its key without prefix and epoch. Returns false if the record is invalid.
     pub fn add(&mut self, kind: &[u8], rest: &[u8], value: &[u8]) -> bool {
         match (kind, rest.len()) {
             (NOTE, 0) => self.note = Some(value.to_vec()),
@@ -388,8 +394,8 @@ impl Found {
         true
     }
 
-    /// `ends`: of the streams; `valid`: up to where they have the messages that the records
-    /// speak of.
+    /// Restores the outbox. `ends` are the ends of the streams, and `valid` the offsets up to which they
+    /// have the messages to which the records refer.
     pub fn restore(
         self,
         epoch: u64,
@@ -457,8 +463,8 @@ impl Found {
 }
 
 impl Restored {
-    /// Comes back to where the streams have other messages than those that were noted, or none: of a
-    /// data folder that was put back in parts, or that lost the end of a stream.
+    /// Goes back to where the streams have other messages than the noted ones, or none, because the data
+    /// folder was restored in parts or a stream lost its end.
     fn go_back(&mut self, valid: &[u64]) {
         for (from, valid) in self.from.iter_mut().zip(valid) {
             self.kept.is_stale |= *from > *valid;
@@ -469,7 +475,7 @@ impl Restored {
         }
     }
 
-    /// Leaves out the messages that are gone with them.
+    /// Removes messages that the streams do not have.
     fn leave_out_lost(&mut self, valid: &[u64]) {
         let is_lost = |queued: &Queued| match queued.source {
             Source::Stream { stream, offset } => {
@@ -493,7 +499,7 @@ impl Restored {
         self.kept.is_stale |= self.lost > 0;
     }
 
-    /// Ends where the note does not go on.
+    /// Reads a note as far as it is valid.
     fn read_note(
         &mut self,
         note: &mut Reader<'_>,
@@ -541,18 +547,18 @@ impl Restored {
     }
 }
 
-/// Of the entry before: most follow each other closely.
+/// The previous entry, from which most entries differ little.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Before {
     offset: u64,
     seconds: u64,
 }
 
-/// A stream's number, where it is known, how far it is listed, and the part of it with messages that are
-/// not.
+/// A stream's index, if it is known, the position up to which messages are listed, and the part with
+/// unlisted messages.
 pub(super) type StreamPart = (Option<u16>, u64, Range<u64>);
 
-/// Puts how far each stream is listed, and the part of it with messages that are not.
+/// Encodes for each stream the listed position and the part with unlisted messages.
 pub(super) fn put_parts(
     out: &mut Vec<u8>,
     streams: &[Identity],
@@ -612,7 +618,7 @@ pub(super) fn put_entry(out: &mut Vec<u8>, before: &mut Before, queued: &Queued,
     }
 }
 
-/// LEB128.
+/// Encodes a number in LEB128.
 fn put_number(out: &mut Vec<u8>, mut number: u64) {
     while number >= 0x80 {
         out.push(number as u8 | 0x80);
@@ -635,7 +641,7 @@ fn unzigzag(number: u64) -> u64 {
     (number >> 1) ^ (number & 1).wrapping_neg()
 }
 
-/// Takes from the front; `None` where there is no more.
+/// Reads from the front of the bytes, and returns `None` at their end.
 pub(super) struct Reader<'a>(pub(super) &'a [u8]);
 
 impl<'a> Reader<'a> {
@@ -668,7 +674,7 @@ impl<'a> Reader<'a> {
         std::str::from_utf8(self.bytes(usize::try_from(len).ok()?)?).ok()
     }
 
-    /// Reads what [`put_parts`] put.
+    /// Decodes the output of [`put_parts`].
     pub(super) fn parts(
         &mut self,
         format: u8,
@@ -685,7 +691,7 @@ impl<'a> Reader<'a> {
         Some(parts)
     }
 
-    /// An entry and its packet id; none where its message is no more.
+    /// Decodes an entry and its packet id. The entry is `None` if its message no longer exists.
     pub(super) fn entry(
         &mut self,
         format: u8,

@@ -1,4 +1,4 @@
-//! One message for one subscriber, and the bounds of the queue that it waits in.
+//! A queue entry of a subscriber, and the bounds of the queue.
 
 use std::sync::Arc;
 
@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::Message;
 use crate::listeners::mqtt::subscriptions::Options;
 
-/// Where a message of a stream lies.
+/// Place of a message in a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Place {
     pub stream: u16,
@@ -20,9 +20,9 @@ pub enum Source {
         stream: u16,
         offset: u64,
     },
-    /// Held by the retained messages too.
+    /// A retained message, which the retained messages hold too.
     Retained(Arc<Message>),
-    /// `$SYS`
+    /// A message of `$SYS`.
     Broker(Arc<Message>),
 }
 
@@ -39,36 +39,36 @@ impl Source {
     }
 }
 
-/// One message for one subscriber.
+/// A message for one subscriber.
 #[derive(Clone)]
 pub struct Queued {
     pub source: Source,
-    /// Body of a stream's message; `None` where it is to be read there.
+    /// Body of a stream's message; `None` if it must be read from the stream.
     pub body: Option<Arc<Message>>,
-    /// Broker time since when it waits.
+    /// Broker time at which the message was queued.
     pub since_us: u64,
-    /// See [`Message::len`].
+    /// Size: see [`Message::len`].
     pub len: u32,
     pub qos: u8,
     pub retain: bool,
-    /// Not in the order of its stream: retained, or given back by another.
+    /// Whether the message is out of the order of its stream: retained, or given back by another
+    /// session.
     pub apart: bool,
-    /// Perhaps sent before a restart.
+    /// Whether the message may have been sent before a restart.
     pub may_be_again: bool,
-    /// Subscription identifiers, mostly none. Those of a stream's message go with its body
-    /// and are found again when that is read.
+    /// Subscription identifiers, usually none. Those of a stream's message belong to its body, and are
+    /// determined again when that is read.
     pub ids: Ids,
-    /// The shared subscription that it came by.
+    /// The shared subscription through which the message was received.
     pub share: Option<ShareFilter>,
 }
 
-/// Number of bytes that a message takes in a queue beside its content. Most messages that wait
-/// lie in their streams and take no more than this.
+/// Size of a queue entry without its content. Most queued messages are in their streams and take only
+/// this.
 pub const REFERENCE_BYTES: usize = size_of::<Queued>();
 const _: () = assert!(REFERENCE_BYTES <= 64);
 
-/// Filter of a shared subscription, as a client wrote it. The pointer is thin because a queue has
-/// many.
+/// Filter of a shared subscription, as a client wrote it. The pointer is thin because a queue has many.
 pub type ShareFilter = Arc<Box<str>>;
 
 /// The identifiers of the subscriptions that a message matches.
@@ -77,13 +77,13 @@ pub enum Ids {
     #[default]
     None,
     One(u32),
-    /// The messages of a queue share them where they are the same. The pointer is thin because a
-    /// queue has many.
+    /// Several identifiers. Messages of a queue share them if they are equal. The pointer is thin
+    /// because a queue has many.
     Many(Arc<Box<[u32]>>),
 }
 
 impl Ids {
-    /// `id` 0: none.
+    /// Returns the identifiers for one subscription. `id` 0 means none.
     pub fn one(id: u32) -> Self {
         if id == 0 { Self::None } else { Self::One(id) }
     }
@@ -112,7 +112,7 @@ impl FromIterator<u32> for Ids {
 }
 
 impl Queued {
-    /// Makes an entry of one subscription, as a retained message; its bytes are held by others too.
+    /// Creates an entry for one subscription, as for a retained message, whose bytes others hold too.
     pub fn whole(source: Source, qos: u8, options: Options, since_us: u64) -> Self {
         let len = match &source {
             Source::Retained(message) | Source::Broker(message) => message.len(),
@@ -139,12 +139,12 @@ impl Queued {
         }
     }
 
-    /// To be read before it can be sent.
+    /// Returns the place from which the message must be read before it can be sent.
     pub fn place(&self) -> Option<Place> {
         self.source.place().filter(|_| self.body.is_none())
     }
 
-    /// For the queue's bound in bytes.
+    /// Returns the size for the queue's bound in bytes.
     pub fn bytes(&self) -> usize {
         self.len as usize + size_of_val(self.ids.as_slice())
     }
@@ -153,13 +153,14 @@ impl Queued {
         if self.body.is_some() { self.bytes() } else { 0 }
     }
 
-    /// The identifier of the only subscription that it can have come by; 0: none.
+    /// Returns the identifier of the only subscription through which it can have been received; 0 if
+    /// there is none.
     pub fn own_id(&self) -> u32 {
         let is_own = self.share.is_some() || self.source.place().is_none();
         self.ids.as_slice().first().copied().filter(|_| is_own).unwrap_or(0)
     }
 
-    /// Leaves what can be read again to be read.
+    /// Drops a body that can be read again.
     pub fn let_go(&mut self) {
         self.body = None;
         self.ids = Ids::one(self.own_id());
@@ -169,13 +170,13 @@ impl Queued {
 /// Sums of the messages in a queue.
 #[derive(Clone, Copy, Default)]
 pub struct Sums {
-    /// Wherever they are.
+    /// Bytes of all messages, in memory or not.
     pub bytes: usize,
     /// Bytes of these messages that are in memory.
     pub held: usize,
-    /// Messages with QoS 0.
+    /// Number of messages with QoS 0.
     pub at_most_once: usize,
-    /// Messages out of the order of their stream.
+    /// Number of messages out of the order of their stream.
     pub apart: usize,
 }
 
@@ -203,18 +204,18 @@ impl Sums {
 
 pub struct InFlight {
     pub packet_id: u16,
-    /// `None` once PUBREC came: PUBREL is on its way.
+    /// The message; `None` after PUBREC, when PUBREL is to be sent.
     pub waiting: Option<Queued>,
-    /// The change that must be durable before its packet goes out.
+    /// Number of the change that must be durable before the packet is sent.
     pub after: u64,
-    /// Sent before.
+    /// Whether the message was sent before.
     pub dup: bool,
-    /// Bytes of its record in the broker stream's state.
+    /// Bytes of its record in the state of the broker's stream.
     pub record: u32,
 }
 
 impl InFlight {
-    /// Bytes of its message in memory.
+    /// Returns the bytes of its message in memory.
     pub fn held(&self) -> usize {
         self.waiting.as_ref().filter(|queued| queued.message().is_some()).map_or(0, Queued::bytes)
     }
@@ -227,51 +228,51 @@ pub struct QueueLimits {
     pub when_full: WhenFull,
 }
 
-/// What a full queue of a session does with one message more.
+/// What the full queue of a session does with another message.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, schemars::JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum WhenFull {
-    /// The queue's oldest messages go.
+    /// The oldest messages of the queue are dropped.
     #[default]
     DropOldest,
     /// The new message is not queued.
     Refuse,
 }
 
-/// The bound that is met where a message finds no room.
+/// The bound that prevents a message from being queued.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Full {
     /// The subscriber's own queue is full.
     Queue,
-    /// The queues of all subscribers together leave this one no more memory.
+    /// The queues of all subscribers together leave no memory for this one.
     Queues,
 }
 
-/// What becomes of a message that a session is given, which is not sent soon. The later ones are better.
+/// What happens to a message that a session is given and that is not sent soon. Later variants are
+/// better.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Keeps {
     /// It is lost.
     Nothing,
-    /// It is kept, and the oldest of the queue are lost.
+    /// The message is kept, and the oldest messages of the queue are lost.
     Newest,
-    /// It is kept beside the others.
+    /// The message is kept in addition to the others.
     All,
 }
 
 #[derive(Debug, PartialEq, Eq)]
 pub enum Offer {
     Queued,
-    /// Queued into an empty queue: wake the connection.
+    /// Queued into an empty queue. The connection must be woken.
     QueuedFirst,
-    /// Queued, and so many older ones dropped.
+    /// Queued, and this number of older messages dropped.
     QueuedInsteadOf(u32, Full),
-    /// It has had this message, or came after it.
+    /// The session has had this message, or began after it.
     Before,
-    /// QoS 0 with nobody connected: not kept (MQTT 5.0, 3.1.2.4).
+    /// QoS 0 without a connected client: not kept (MQTT 5.0, 3.1.2.4).
     Away,
-    /// No room.
+    /// Dropped because there was no room.
     Dropped(Full),
-    /// QoS 1 or 2 with no room, and a session that ends with its connection:
-    /// the subscriber is too slow.
+    /// QoS 1 or 2 without room, in a session that ends with its connection: the subscriber is too slow.
     Overflow(Full),
 }

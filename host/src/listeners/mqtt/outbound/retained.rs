@@ -1,8 +1,8 @@
-//! The retained messages that a new subscription is given. They wait where they are kept,
-//! whatever their number: a subscription knows how far it is among them, and a page at a
-//! time is looked up as the client takes it. They count in no bound of the queue and do
-//! not age. For a session that outlives its connection how far it is goes with the
-//! subscription's record, so that it goes on there after a reconnect or a restart.
+//! The retained messages for new subscriptions. They stay where they are stored, whatever their number:
+//! a subscription stores how far it has come among them, and one page at a time is looked up as the
+//! client takes it. They do not count for the bounds of the queue and do not age. For a persistent
+//! session the progress is stored in the subscription's record, so that it continues after a reconnect
+//! or a restart.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -13,25 +13,26 @@ use crate::listeners::mqtt::retained::{Kept, Lookup, Retained};
 use crate::listeners::mqtt::session::{Change, subscription_key};
 use crate::listeners::mqtt::subscriptions::{Filter, Options};
 
-/// Retained messages that are looked up at a time, and their bytes.
+/// Most retained messages of one lookup.
 const PAGE_MESSAGES_MAX: usize = 64;
 const PAGE_BYTES_MAX: usize = 256 << 10;
-/// Bytes of the last topic that was taken, in the record: those that share so much with it come again.
+/// Bytes of the last delivered topic in the record. Messages of topics that share these bytes are
+/// delivered again.
 const TAKEN_BYTES_MAX: usize = 256;
-/// In a record: when it was subscribed.
+/// Size of the time of the subscription in a record.
 const SINCE_BYTES: usize = 8;
 
 #[derive(Default)]
 pub(super) struct Deliveries {
     open: VecDeque<Delivery>,
-    /// Those that ended since their record was written.
+    /// Deliveries that ended since their record was written.
     ended: Vec<(Box<str>, Options)>,
     last_number: u64,
-    /// Number of bytes of the messages in pages.
+    /// Bytes of the messages in pages.
     bytes: usize,
 }
 
-/// What one subscription is still to be given.
+/// The pending retained messages of one subscription.
 pub(super) struct Delivery {
     number: u64,
     filter: Filter,
@@ -39,19 +40,19 @@ pub(super) struct Delivery {
     from: RetainedFrom,
     /// Key of the last topic whose message was taken to be sent.
     taken: Option<Box<str>>,
-    /// Goes on behind `page`; `None` where nothing is to be looked up.
+    /// Lookup that continues after `page`; `None` if nothing is to be looked up.
     lookup: Option<Lookup>,
     page: VecDeque<Found>,
-    /// Its record does not show what it is.
+    /// Whether its record is not up to date.
     changed: bool,
 }
 
-/// What a subscription is given as retained; what came later it gets live.
+/// The time from which a subscription receives messages live. Earlier ones it receives as retained.
 #[derive(Clone, Debug)]
 pub struct RetainedFrom {
     /// Broker time of the SUBSCRIBE.
     pub since_us: u64,
-    /// Where the live delivery was, by stream; empty after a restart.
+    /// Position of live delivery by stream; empty after a restart.
     pub upto: Box<[u64]>,
 }
 
@@ -81,7 +82,7 @@ pub struct RetainedPage {
 }
 
 impl Delivery {
-    /// Returns the record of its subscription: its options, and how far it is.
+    /// Returns the record of its subscription, with its options and the progress.
     pub fn record(&self) -> Vec<u8> {
         let taken = self.taken.as_deref().unwrap_or_default();
         let taken = &taken[..taken.floor_char_boundary(TAKEN_BYTES_MAX)];
@@ -89,7 +90,7 @@ impl Delivery {
         [&self.options.to_bytes()[..], &since, taken.as_bytes()].concat()
     }
 
-    /// What comes behind its last page, where that was taken.
+    /// Returns the page after the last one, if that was taken.
     fn next_page(&self) -> Option<RetainedPage> {
         let lookup = self.lookup.clone().filter(|_| self.page.is_empty())?;
         Some(RetainedPage {
@@ -128,7 +129,7 @@ impl RetainedPage {
         self.found.len() >= self.messages_max || self.bytes >= PAGE_BYTES_MAX
     }
 
-    /// Looks at no more than `steps_max` topics.
+    /// Examines at most `steps_max` topics.
     pub fn look(&mut self, retained: &Retained, clock: &Clock, steps_max: usize) {
         let mut lookup = self.lookup.clone();
         retained.look(&mut lookup, steps_max, |key, kept| {
@@ -146,7 +147,7 @@ impl RetainedPage {
 }
 
 impl Outbox {
-    /// A subscription is to be given what is retained.
+    /// Begins to deliver retained messages to a subscription.
     pub fn give_retained(&mut self, filter: &Filter, options: Options, from: RetainedFrom) {
         self.end_retained(filter.as_str());
         let lookup = Some(Lookup::new(filter.topics(), None));
@@ -154,7 +155,7 @@ impl Outbox {
         self.changed();
     }
 
-    /// The same for messages that the broker makes at that moment.
+    /// Begins to deliver messages that the broker makes at that moment.
     pub fn give_whole(&mut self, filter: &Filter, options: Options, since_us: u64, messages: Vec<Message>) {
         self.end_retained(filter.as_str());
         let page = messages.into_iter().map(|message| {
@@ -166,7 +167,7 @@ impl Outbox {
         self.count_retained();
     }
 
-    /// As a restart found it: see [`Outbox::note`].
+    /// Restores a delivery that a restart found: see [`Outbox::note`].
     pub fn resume_retained(&mut self, filter: &Filter, options: Options, record: &[u8]) {
         let Some((since, taken)) = record.split_first_chunk::<SINCE_BYTES>() else { return };
         let from = RetainedFrom { since_us: u64::from_be_bytes(*since), upto: Box::default() };
@@ -179,7 +180,8 @@ impl Outbox {
         self.retained.get_or_insert_default()
     }
 
-    /// It was subscribed to again, and is not to be given more than before.
+    /// Changes the options of a delivery, for a repeated subscription that requests no retained
+    /// messages.
     pub fn change_retained(&mut self, filter: &str, options: Options) {
         let Some(retained) = &mut self.retained else { return };
         for delivery in retained.open.iter_mut().filter(|it| it.filter.as_str() == filter) {
@@ -188,7 +190,7 @@ impl Outbox {
         retained.ended.retain(|(ended, _)| &**ended != filter);
     }
 
-    /// It is subscribed to no more.
+    /// Ends the delivery of an unsubscribed filter.
     pub fn end_retained(&mut self, filter: &str) {
         let Some(retained) = &mut self.retained else { return };
         retained.open.retain(|delivery| delivery.filter.as_str() != filter);
@@ -202,12 +204,12 @@ impl Outbox {
         }
     }
 
-    /// The page that is to be looked up next.
+    /// Returns the page that is to be looked up next.
     pub(super) fn wants_page(&self) -> Option<RetainedPage> {
         self.retained.as_ref()?.open.front()?.next_page().map(|page| self.within_memory(page))
     }
 
-    /// Makes the page one message where there is no memory for a whole page.
+    /// Reduces the page to one message if there is no memory for a whole page.
     fn within_memory(&self, page: RetainedPage) -> RetainedPage {
         let has_room = self.memory.has_room(self.size() + PAGE_BYTES_MAX);
         RetainedPage { messages_max: if has_room { PAGE_MESSAGES_MAX } else { 1 }, ..page }
@@ -218,13 +220,14 @@ impl Outbox {
         self.count();
     }
 
-    /// Number of the newest subscription that is, or was, to be given what is retained.
+    /// Returns the number of the newest subscription for which retained messages are, or were, to be
+    /// delivered.
     pub fn last_retained(&self) -> u64 {
         self.retained.as_ref().map_or(0, |retained| retained.last_number)
     }
 
-    /// The first page of the next subscription behind number `behind`, unless a page of
-    /// messages waits already.
+    /// Returns the first page of the next subscription after number `behind`, unless a page of messages
+    /// is already waiting.
     pub(super) fn first_page(&self, behind: u64) -> Option<RetainedPage> {
         let retained = self.retained.as_ref()?;
         let bytes: usize = retained.heads().map(|queued| queued.len as usize).sum();
@@ -235,8 +238,8 @@ impl Outbox {
         behind.find_map(Delivery::next_page).map(|page| self.within_memory(page))
     }
 
-    /// Takes in what was looked up, but for what was replaced since. With both locked, so
-    /// that what replaces one of these messages comes after it.
+    /// Takes the results of a lookup, except messages that were replaced since. Both locks are held, so
+    /// that a replacement is delivered after the retained message.
     pub fn retained_found(&mut self, page: RetainedPage, retained: &Retained) {
         let mut open = self.retained.iter_mut().flat_map(|retained| &mut retained.open);
         let Some(delivery) = open.find(|it| it.number == page.number) else { return };
@@ -248,7 +251,7 @@ impl Outbox {
         self.count_retained();
     }
 
-    /// The next retained message in memory.
+    /// Returns the next retained message in memory.
     pub(super) fn retained_head(&self) -> Option<&Queued> {
         self.retained.as_ref()?.open.front()?.page.front().map(|found| &found.queued)
     }
@@ -302,7 +305,7 @@ impl Deliveries {
         self.open.push_back(Delivery { number, filter, options, from, taken, lookup, page, changed });
     }
 
-    /// Returns the number of bytes of messages that were looked up and wait.
+    /// Returns the bytes of messages that were looked up and wait.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
@@ -311,7 +314,7 @@ impl Deliveries {
         self.bytes = self.open.iter().flat_map(|delivery| &delivery.page).map(Found::bytes).sum();
     }
 
-    /// Messages that were looked up and wait.
+    /// Returns the number of messages that were looked up and wait.
     pub fn len(&self) -> usize {
         self.open.iter().map(|delivery| delivery.page.len()).sum()
     }
@@ -320,7 +323,7 @@ impl Deliveries {
         self.open.iter().flat_map(|delivery| &delivery.page).map(|found| &found.queued)
     }
 
-    /// The connection ended: what was not taken is looked up again.
+    /// Handles the end of the connection: messages that were not taken are looked up again.
     pub fn disconnected(&mut self) {
         // What was made for the moment has no key.
         self.open.retain(|delivery| delivery.page.front().is_none_or(|found| !found.key.is_empty()));
@@ -331,7 +334,7 @@ impl Deliveries {
         self.count();
     }
 
-    /// The records of subscriptions that do not show how far they are.
+    /// Returns the changes for records that are not up to date.
     pub fn changes(&self, epoch: u64) -> Vec<Change> {
         let ended = self
             .ended
@@ -345,13 +348,14 @@ impl Deliveries {
         ended.chain(open).collect()
     }
 
-    /// Returns what is still to be given by filter, but for what the broker made for the moment.
+    /// Returns the pending deliveries by filter, except those of messages that the broker made for the
+    /// moment.
     pub fn by_filter(&self) -> HashMap<&str, &Delivery> {
         let open = self.open.iter().filter(|delivery| delivery.filter.is_live());
         open.map(|delivery| (delivery.filter.as_str(), delivery)).collect()
     }
 
-    /// Their changes were appended.
+    /// Records that the changes were appended.
     pub fn noted(&mut self) {
         self.ended.clear();
         self.open.iter_mut().for_each(|delivery| delivery.changed = false);

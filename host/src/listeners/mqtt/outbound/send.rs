@@ -1,4 +1,4 @@
-//! What goes to a connected subscriber, and what its acknowledgements do.
+//! Packets to a connected subscriber, and the handling of its acknowledgements.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -12,17 +12,17 @@ use crate::listeners::mqtt::clock::Clock;
 use crate::listeners::mqtt::wire::{self, OutPublish, Version};
 use crate::stream::Ticket;
 
-/// Read from the streams at a time, for one subscriber.
+/// Most messages that are read from the streams at once for one subscriber.
 const LOAD_MESSAGES_MAX: usize = 256;
 const LOAD_BYTES_MAX: usize = 256 << 10;
 
-/// What a subscriber's packet asks for.
+/// What a subscriber's packet requires.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Acked {
     Nothing,
-    /// Answer with PUBREL.
+    /// An answer with PUBREL.
     Release,
-    /// There is no such message.
+    /// Nothing: there is no such message.
     Unknown,
 }
 
@@ -30,23 +30,23 @@ pub enum Acked {
 #[derive(Clone, Copy, Debug)]
 pub struct Peer {
     pub version: Version,
-    /// Its Receive Maximum.
+    /// Receive Maximum of the client.
     pub window: u16,
     pub packet_bytes_max: usize,
 }
 
-/// Why nothing more can be sent now, though something waits.
+/// What must happen before more can be sent.
 #[derive(Default)]
 pub struct Waits {
-    /// For the broker stream to be durable up to here.
+    /// The broker's stream must be durable up to this ticket.
     pub durable: Option<Ticket>,
-    /// For room in the broker stream.
+    /// The broker's stream must have room.
     pub room: bool,
-    /// For these messages.
+    /// These messages must be read.
     pub load: Vec<Place>,
-    /// For these retained messages.
+    /// These retained messages must be looked up.
     pub page: Option<RetainedPage>,
-    /// Bytes of the message for which the client waits for a permit; 0: it waits for none.
+    /// Size of the message for which the client needs a permit; 0 if it needs none.
     pub permit: usize,
 }
 
@@ -60,37 +60,38 @@ impl Waits {
     }
 }
 
-/// What `fill` did.
+/// Result of `fill`.
 #[derive(Default)]
 pub struct Filled {
     pub sent: u64,
     pub expired: u64,
     pub too_large: u64,
-    /// Not for this client.
+    /// Number of messages that the client may not receive.
     pub denied: u64,
-    /// It is not known whether the next message is for this client.
+    /// Whether it is not known if the client may receive the next message.
     pub unanswered: bool,
-    /// Size of the message that waits for memory, or for a permit, to be written; 0: none does.
+    /// Size of the message that waits for memory, or for a permit, to be written; 0 if there is none.
     pub blocked: usize,
-    /// A message was written under the permit.
+    /// Whether a message was written under the permit.
     pub used_permit: bool,
 }
 
-/// The room in a buffer that packets are written to.
+/// Room in a buffer to which packets are written.
 #[derive(Clone, Copy)]
 pub struct Space<'a> {
-    /// Messages are added up to about this size of the buffer.
+    /// Approximate size of the buffer up to which messages are added.
     pub bytes_max: usize,
-    /// Whether there is memory for a message of so many bytes, which is larger than that.
+    /// Returns whether there is memory for a larger message of so many bytes.
     pub has_room: &'a dyn Fn(usize) -> bool,
 }
 
-/// What the access rules say of a message's topic; `None`: nothing.
+/// Verdict of the access rules on a message's topic; `None` if they need not be asked.
 pub type Receive<'a> = Option<&'a dyn Fn(&str) -> Verdict>;
 
 impl Outbox {
-    /// Writes what may go, up to about `bytes_max` in `out`. In order: what is behind a message of
-    /// which `receive` does not know yet, or for which there is no room in `space`, waits too.
+    /// Writes messages that may be sent, up to about `bytes_max` in `out`. Messages are written in
+    /// order: a message about which `receive` does not know yet, or for which there is no room in
+    /// `space`, delays all later ones.
     pub fn fill(
         &mut self,
         peer: Peer,
@@ -186,8 +187,8 @@ impl Outbox {
         filled
     }
 
-    /// Returns whether a message may be written. One that is larger than the buffer needs memory of
-    /// its own, or the permit, which is for one message.
+    /// Returns whether a message may be written. One that is larger than the buffer needs memory of its
+    /// own, or the permit, which is for one message.
     fn fits(&self, queued: Option<&Queued>, space: Space<'_>, filled: &mut Filled) -> bool {
         let Some(message) = queued.and_then(Queued::message) else { return true };
         let bytes = message.len();
@@ -202,7 +203,7 @@ impl Outbox {
         true
     }
 
-    /// Returns the verdict on the message that is next, if there is one in memory.
+    /// Returns the verdict on the next message, if it is in memory.
     fn receives(&self, receive: Receive<'_>) -> Verdict {
         let next = match self.inflight.get(self.sent) {
             Some(flight) => flight.waiting.as_ref(),
@@ -211,8 +212,7 @@ impl Outbox {
         receive.zip(next.and_then(Queued::message)).map_or(Verdict::Yes, |(it, message)| it(message.topic()))
     }
 
-    /// Topics of the messages that are next, as far as they are in memory, of
-    /// which `receive` does not know; each once.
+    /// Returns the topics of the next messages in memory about which `receive` does not know, each once.
     pub fn unanswered(&self, receive: Receive<'_>) -> Vec<Box<str>> {
         let again = self.inflight.iter().skip(self.sent).filter_map(|flight| flight.waiting.as_ref());
         let next = again
@@ -232,8 +232,8 @@ impl Outbox {
         has_bytes && self.inflight.len() < window && self.kept.as_ref().is_none_or(|kept| kept.has_room())
     }
 
-    /// Gives the head a packet id; where it needs a durable record first, all
-    /// that follow and need one too.
+    /// Gives the first message a packet id. If it needs a durable record first, all following messages
+    /// that need one get theirs too.
     fn stage(&mut self, window: usize, receive: Receive<'_>, bytes_max: usize) {
         let mut bytes = 0;
         while let Some(queued) = self.take() {
@@ -258,9 +258,9 @@ impl Outbox {
         }
     }
 
-    /// Ends what is in flight without its message. True where the client may
-    /// know its QoS 2 packet id: a PUBREL stays to be sent, so that the id means
-    /// no other message until the client has let go of it.
+    /// Ends a delivery in flight without its message. Returns true if the client may know its QoS 2
+    /// packet id: a PUBREL is then still to be sent, so that the id stands for no other message until
+    /// the client has released it.
     pub(super) fn give_up(&mut self, at: usize) -> bool {
         let Some(flight) = self.inflight.get_mut(at) else { return false };
         let is_known = flight.dup && flight.waiting.as_ref().is_some_and(|queued| queued.qos == 2);
@@ -290,7 +290,7 @@ impl Outbox {
         }
     }
 
-    /// PUBACK, PUBREC, PUBCOMP from the subscriber.
+    /// Handles PUBACK, PUBREC and PUBCOMP of the subscriber.
     pub fn acked(&mut self, first: u8, packet_id: u16, code: u8) -> Acked {
         let durable = self.kept.as_ref().map_or(u64::MAX, |kept| kept.durable());
         let is_received = first == wire::PUBREC && code < 0x80;
@@ -327,7 +327,7 @@ impl Outbox {
         acked
     }
 
-    /// Each id in flight is passed over once a round of all ids.
+    /// Returns the next packet id. Each id in flight is skipped once in a round of all ids.
     fn next_id(&mut self) -> u16 {
         // Ends: the window is at most 65,535 and one id is free when we come here.
         loop {
@@ -338,7 +338,7 @@ impl Outbox {
         }
     }
 
-    /// What `fill` could not go on without. After [`Outbox::record`].
+    /// Returns what `fill` waits for. Called after [`Outbox::record`].
     pub fn waits(&self, peer: Peer) -> Waits {
         let mut waits = Waits::default();
         if let Some(kept) = &self.kept {
@@ -379,10 +379,10 @@ impl Outbox {
         waits
     }
 
-    /// Messages that were read. Those that are no more, or that the client may
-    /// not see, are given up; how many are no more. Where there is no room for all of them the first
-    /// is kept, if it is small or there is a permit for it, and the others are read again when it is
-    /// their turn.
+    /// Takes messages that were read. Messages that no longer exist, or that the client may not receive,
+    /// are given up; returns the number of those that no longer exist. If there is no room for all of
+    /// them, the first is kept if it is small or there is a permit for it, and the others are read again
+    /// when it is their turn.
     pub fn loaded(&mut self, loaded: &HashMap<Place, Option<Body>>, may_see: impl Fn(&str) -> bool) -> u64 {
         let bytes: usize = loaded.values().flatten().map(|found| found.message.len()).sum();
         let size = self.size();
@@ -448,8 +448,8 @@ impl Outbox {
 }
 
 impl Filled {
-    /// False, and nothing written, where the message expired or its packet is
-    /// larger than the client takes.
+    /// Writes a message. Returns false, and writes nothing, if the message has expired or its packet
+    /// exceeds the client's maximum.
     #[expect(clippy::too_many_arguments, reason = "each is one word of the packet or of its client")]
     fn put(
         &mut self,

@@ -19,22 +19,22 @@ use crate::stream::Identity;
 
 pub const SHARE: &[u8] = b"sh";
 
-/// First byte of a record. Not that of notes: one whose notes get another format must read the records
-/// that are on disks.
+/// First byte of a record. It differs from that of notes: if the format of notes changes, existing
+/// records must still be readable.
 const FORMAT: u8 = 3;
 
-/// Fewest bytes that a message takes in a record.
+/// Least bytes of a message in a record.
 const LISTED_BYTES: usize = 5;
 
-/// What members of a share hold, as a record has room for it.
+/// Messages that members of a share hold, as far as a record has room for them.
 pub struct Holdings {
-    /// A position for each stream: all messages below have been offered to the members. It is read before
-    /// the outboxes are looked at.
+    /// A position for each stream: all earlier messages have been offered to the members. It is read
+    /// before the outboxes are examined.
     positions: Box<[u64]>,
-    /// The messages that have waited longest, by the time since when and their places.
+    /// The messages that have waited longest, by time and place.
     listed: BTreeMap<(u64, Place), Queued>,
     bytes_max: usize,
-    /// Where the others lie.
+    /// The parts in which the other messages lie.
     unlisted: Parts,
 }
 
@@ -91,7 +91,8 @@ impl Holdings {
     }
 }
 
-/// Returns the format of notes that have parts and entries as a record of this format has them.
+/// Returns the format of notes whose parts and entries have the same encoding as in a record of this
+/// format.
 fn layout(format: u8) -> Option<u8> {
     (format == FORMAT).then_some(kept::FORMAT)
 }
@@ -102,8 +103,8 @@ fn cover(parts: &mut Parts, place: Place) {
 }
 
 impl Outbox {
-    /// Returns what other members of shares are to get if the session of this one is no more, by
-    /// the share and the place in its stream.
+    /// Returns the messages that other members of shares are to receive if this session no longer
+    /// exists, by share and place.
     pub fn held_by_shares(&self) -> impl Iterator<Item = (&ShareFilter, Place, &Queued)> {
         let inflight = self.inflight.iter().filter(|flight| is_unacknowledged_by_share(flight));
         let inflight = inflight.filter_map(|flight| flight.waiting.as_ref());
@@ -114,7 +115,7 @@ impl Outbox {
         held.filter_map(|queued| Some((queued.share.as_ref()?, queued.source.place()?, queued)))
     }
 
-    /// Returns the messages by shares that the session has and has not begun to end.
+    /// Returns the messages of shares that are queued, or in flight before their PUBREC.
     pub fn places_by_shares(&self) -> impl Iterator<Item = (&ShareFilter, Place)> {
         let inflight = self.inflight.iter().filter_map(|flight| flight.waiting.as_ref());
         inflight
@@ -123,21 +124,21 @@ impl Outbox {
     }
 }
 
-/// The messages that a session has, by the share that they came by.
+/// The messages that a session has, by the share through which it received them.
 pub type KnownByShare = HashMap<ShareFilter, HashSet<Place>>;
 
 /// A record that a restart found.
 pub struct FoundShare {
     pub filter: ShareFilter,
     pub value: Vec<u8>,
-    /// What its heir has subscribed with.
+    /// Options with which its heir has subscribed.
     pub options: Options,
 }
 
 impl Restored {
-    /// Gives the session what a record of a share lists, as far as the session does not have it.
-    /// Returns the parts of the streams in which lies what the record does not list.
-    /// `ends`: of the streams; messages at `valid` and behind are others than those that were recorded.
+    /// Gives the session the messages that a record of a share lists and that the session does not have.
+    /// Returns the parts of the streams with messages that the record does not list. `ends` are the ends
+    /// of the streams; messages from `valid` on differ from those that were recorded.
     pub(super) fn inherit(
         &mut self,
         found: &FoundShare,
@@ -152,7 +153,7 @@ impl Restored {
         parts
     }
 
-    /// Returns what the session has, by share.
+    /// Returns the messages that the session has, by share.
     pub(super) fn known_by_share(&self) -> KnownByShare {
         let mut known = KnownByShare::new();
         let own = self.inflight.iter().filter_map(|flight| flight.waiting.as_ref()).chain(&self.queue);
@@ -202,7 +203,7 @@ impl Restored {
     }
 }
 
-/// Number of messages that are looked at in queues for records of shares, by this thread.
+/// Counts the queue entries that this thread examines for records of shares.
 #[cfg(test)]
 pub mod visits {
     use std::cell::Cell;
@@ -215,7 +216,7 @@ pub mod visits {
         COUNT.set(COUNT.get() + 1);
     }
 
-    /// Returns the number since it was asked last.
+    /// Returns the count since the last call.
     pub fn take() -> usize {
         COUNT.take()
     }

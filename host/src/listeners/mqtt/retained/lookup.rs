@@ -1,26 +1,26 @@
-//! Finds the retained topics that a filter matches. The topics are kept sorted by their
-//! levels, so that a lookup steps from one match to the next and skips what lies between:
-//! it costs what it finds and the branches that a `+` has, not all topics there are. It
-//! knows where it was by the last topic alone, and goes on there after any change.
+//! Finds the retained topics that a filter matches. The topics are sorted by their levels, so that a
+//! lookup steps from one match to the next and skips the topics between. Its cost depends on the matches
+//! and on the branches of a `+`, not on the number of topics. A lookup stores only its last topic, and
+//! continues from there after any change.
 
 use std::collections::BTreeMap;
 use std::ops::Bound;
 
 use crate::topic::TopicFilter;
 
-/// Sorts before all characters of a topic, so that what is below a level follows it.
+/// Sorts before all characters of a topic, so that the topics below a level follow it.
 const SEPARATOR: char = '\0';
-/// The least text that sorts behind a level and all that is below it.
+/// Sorts after a level and all topics below it.
 const BEHIND_LEVEL: char = '\u{1}';
-/// Sorts just behind all topics that begin with `$`.
+/// Sorts just after all topics that begin with `$`.
 const BEHIND_DOLLAR: &str = "%";
 
-/// A topic or filter as it is sorted.
+/// Returns the form in which a topic or filter is sorted.
 pub fn key(topic: &str) -> Box<str> {
     topic.replace('/', "\0").into()
 }
 
-/// A lookup and how far it is.
+/// A lookup and its progress.
 #[derive(Clone, Debug)]
 pub struct Lookup {
     filter: Box<str>,
@@ -28,17 +28,17 @@ pub struct Lookup {
     is_done: bool,
 }
 
-/// What comes after a topic was compared with the filter.
+/// Result of comparing a topic with the filter.
 #[derive(Debug, PartialEq, Eq)]
 enum Next {
     Match,
-    /// Nothing matches before this.
+    /// No topic before this one matches.
     To(String),
     Nothing,
 }
 
 impl Lookup {
-    /// `after`: a key; what sorts up to it is left out.
+    /// Begins a lookup. Topics up to the key `after` are left out.
     pub fn new(filter: &TopicFilter, after: Option<&str>) -> Self {
         let filter = key(filter.as_str());
         let begin = filter.split(['+', '#']).next().unwrap_or_default();
@@ -48,12 +48,12 @@ impl Lookup {
         Self { filter, from, is_done: false }
     }
 
-    /// Nothing more will be found.
+    /// Returns whether the lookup is complete.
     pub fn is_done(&self) -> bool {
         self.is_done
     }
 
-    /// Looks at no more than `steps_max` topics; `found` says whether to go on.
+    /// Examines at most `steps_max` topics. `found` returns whether to continue.
     pub fn advance<'t, T>(
         &mut self,
         topics: &'t BTreeMap<Box<str>, T>,
@@ -93,7 +93,7 @@ impl Lookup {
     }
 }
 
-/// Both as they are sorted.
+/// Compares a topic with the filter, both in sorted form.
 fn next(filter: &str, topic: &str) -> Next {
     // Behind the last level that a `+` stands for: where the next branch begins.
     let mut branch = None;

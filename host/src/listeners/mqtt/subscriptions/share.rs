@@ -6,19 +6,19 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use super::{Options, Subscriber};
 use crate::listeners::mqtt::outbound::ShareFilter;
 
-/// The subscribers of one `$share/NAME/FILTER`: each message goes to one.
+/// The subscribers of one `$share/NAME/FILTER`. Each message is delivered to one of them.
 pub struct Share<S> {
     pub filter: ShareFilter,
-    /// At least one.
+    /// The members, of which there is at least one.
     pub members: Vec<Subscriber<S>>,
-    /// Number of members with QoS 1 or 2 whose sessions outlive their connections.
+    /// Number of persistent members with QoS 1 or 2.
     pub kept: usize,
-    /// Number of members with QoS 1 or 2 whose sessions do not.
+    /// Number of non-persistent members with QoS 1 or 2.
     pub unkept: usize,
     /// Number of members with QoS 0.
     at_most_once: usize,
     turn: AtomicUsize,
-    /// Number of clients that had arrived when none of its members was connected; 0: not known.
+    /// Number of clients that had arrived when none of its members was connected; 0 if not known.
     deserted: AtomicU64,
 }
 
@@ -35,7 +35,7 @@ impl<S> Share<S> {
         }
     }
 
-    /// Puts a member in; true when it was none yet. A client that subscribes is connected.
+    /// Adds a member. Returns true if it was not a member. A client that subscribes is connected.
     pub(super) fn put(&mut self, member: Subscriber<S>) -> bool {
         *self.deserted.get_mut() = 0;
         *self.count(&member) += 1;
@@ -52,7 +52,7 @@ impl<S> Share<S> {
         }
     }
 
-    /// Takes a member out; returns what it had subscribed with.
+    /// Removes a member, and returns its options.
     pub(super) fn take(&mut self, number: u64) -> Option<Options> {
         let at = self.members.iter().position(|member| member.number == number)?;
         let member = self.members.swap_remove(at);
@@ -60,7 +60,7 @@ impl<S> Share<S> {
         Some(member.options)
     }
 
-    /// The session of a member ends with its connection from now on.
+    /// Marks a member as one whose session ends with its connection.
     pub(super) fn keep_no_more(&mut self, number: u64) {
         let Some(at) = self.members.iter().position(|member| member.number == number) else { return };
         let Subscriber { options, is_kept, .. } = self.members[at];
@@ -81,23 +81,23 @@ impl<S> Share<S> {
         }
     }
 
-    /// Returns the member whose turn it is, by its place among the members, and passes the turn on.
+    /// Returns the index of the member whose turn it is, and advances the turn.
     pub fn next_turn(&self) -> usize {
         self.turn.fetch_add(1, Ordering::Relaxed) % self.members.len()
     }
 
-    /// The members, beginning with the one at this place.
+    /// Returns the members, beginning with this index.
     pub fn beginning_with(&self, first: usize) -> impl Iterator<Item = &Subscriber<S>> {
         self.members[first..].iter().chain(&self.members[..first])
     }
 
-    /// Whether no member was connected when this many clients had arrived, so that none is unless
-    /// another arrived since.
+    /// Returns whether no member was connected when this number of clients had arrived. Unless another
+    /// client has arrived since, none is connected now.
     pub fn is_deserted(&self, arrivals: u64) -> bool {
         self.deserted.load(Ordering::Relaxed) == arrivals
     }
 
-    /// No member was connected, all seen after `arrivals` was read.
+    /// Records that no member was connected, all of them checked after `arrivals` was read.
     pub fn set_deserted(&self, arrivals: u64) {
         self.deserted.store(arrivals, Ordering::Relaxed);
     }

@@ -1,5 +1,5 @@
-//! Any packet, by `rmqtt-codec`: all that is not on the hot path. And what the
-//! codec does not look at.
+//! Packets that are not on the hot path, decoded by `rmqtt-codec`, and the checks that the codec does
+//! not make.
 
 use bytes::BytesMut;
 use rmqtt_codec::{v3, v5};
@@ -37,8 +37,8 @@ pub fn decode(version: Version, whole: &[u8]) -> Result<Packet, Fault> {
     if has_nul(&packet) { Err(NUL) } else { Ok(packet) }
 }
 
-/// In MQTT 3.1.1 the upper six bits of a requested QoS are reserved (3.8.3);
-/// the codec does not look at them.
+/// Checks the upper six bits of a requested QoS, which are reserved in MQTT 3.1.1 (3.8.3). The codec
+/// does not.
 fn check_subscribe_v3(mut rest: &[u8]) -> Result<(), Fault> {
     packet_id(&mut rest)?;
     while !rest.is_empty() {
@@ -50,10 +50,9 @@ fn check_subscribe_v3(mut rest: &[u8]) -> Result<(), Fault> {
     Ok(())
 }
 
-/// What the codec does not look at in the body of CONNECT: flags that
-/// contradict each other (3.1.2), bytes past the last field. Returns the flags of
-/// what is there: a client of MQTT 3.1 may leave out a user name and a password that
-/// its flags announce (3.1, section 3.1).
+/// Checks what the codec does not in the body of CONNECT: contradictory flags (3.1.2), and bytes after
+/// the last field. Returns the flags of the fields that are present, since an MQTT 3.1 client may leave
+/// out a user name and a password that its flags announce (3.1, section 3.1).
 pub fn check_connect(version: Version, mut rest: &[u8]) -> Result<u8, Fault> {
     binary(&mut rest)?;
     // Level, flags, keep alive.
@@ -90,7 +89,7 @@ pub fn check_connect(version: Version, mut rest: &[u8]) -> Result<u8, Fault> {
     if rest.is_empty() { Ok(flags) } else { Err(Fault::malformed("bytes after the last field of CONNECT")) }
 }
 
-/// The client's id in the body of a CONNECT that may be malformed behind it.
+/// Returns the client id in the body of a CONNECT, which may be malformed after it.
 pub fn client_id(version: Version, mut rest: &[u8]) -> Option<&str> {
     binary(&mut rest).ok()?;
     take(&mut rest, 4).ok()?;
@@ -101,8 +100,8 @@ pub fn client_id(version: Version, mut rest: &[u8]) -> Option<&str> {
     (!id.is_empty()).then_some(id)
 }
 
-/// Whether a text of a client's packet holds U+0000, which the codec lets
-/// through (1.5.4). A client id is judged by the handshake, which has an answer for it.
+/// Returns whether a text in a client's packet contains U+0000, which the codec accepts (1.5.4). The
+/// handshake checks the client id, for which it has an answer.
 fn has_nul(packet: &Packet) -> bool {
     let nul = |text: &str| text.contains('\0');
     let given = |text: &Option<_>| text.as_deref().is_some_and(nul);

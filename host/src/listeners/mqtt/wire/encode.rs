@@ -1,22 +1,22 @@
-//! What the broker sends of the hot path: the four acks, PUBLISH, PINGRESP,
-//! DISCONNECT, written into the connection's buffer.
+//! Encodes outgoing packets of the hot path into the connection's buffer: the four acknowledgements,
+//! PUBLISH, PINGRESP, DISCONNECT.
 
 use bytes::{BufMut, BytesMut};
 
 use super::{PINGRESP, PUBLISH, REASON_STRING, TOPIC_ALIAS, Version};
 
-/// A reason string is cut there.
+/// Longest reason string. Longer ones are cut.
 const REASON_BYTES_MAX: usize = 200;
-/// An ack with a reason string takes no more.
+/// Largest acknowledgement with a reason string.
 pub const ACK_BYTES_MAX: usize = 256;
 
-/// An ack whose reason code is success: the same bytes in all versions.
+/// Encodes a successful acknowledgement, which is the same in all versions.
 #[inline]
 pub fn put_ack(out: &mut BytesMut, first: u8, packet_id: u16) {
     out.put_slice(&[first, 2, (packet_id >> 8) as u8, packet_id as u8]);
 }
 
-/// An ack with a reason code; MQTT 3.1.1 has none, so it is told success.
+/// Encodes an acknowledgement with a reason code. MQTT 3.1.1 has none, and always reports success.
 pub fn put_ack_with(out: &mut BytesMut, version: Version, first: u8, packet_id: u16, code: u8) {
     match version {
         Version::V31 | Version::V3 => put_ack(out, first, packet_id),
@@ -28,7 +28,7 @@ pub fn put_pingresp(out: &mut BytesMut) {
     out.put_slice(&[PINGRESP, 0]);
 }
 
-/// A packet of MQTT 5 that is `head`, and a reason string where there is one to say.
+/// Encodes an MQTT 5 packet that consists of `head` and an optional reason string.
 pub fn put_with_reason(out: &mut BytesMut, first: u8, head: &[u8], reason: &str) {
     let reason = &reason[..reason.floor_char_boundary(REASON_BYTES_MAX)];
     let properties = if reason.is_empty() { 0 } else { 3 + reason.len() };
@@ -43,23 +43,23 @@ pub fn put_with_reason(out: &mut BytesMut, first: u8, head: &[u8], reason: &str)
     }
 }
 
-/// A PUBLISH on its way to a subscriber.
+/// A PUBLISH to a subscriber.
 #[derive(Clone, Copy, Debug)]
 pub struct OutPublish<'a> {
     pub qos: u8,
     pub retain: bool,
     pub dup: bool,
     pub topic: &'a str,
-    /// MQTT 5's topic alias; 0: none.
+    /// MQTT 5 topic alias; 0 if there is none.
     pub alias: u16,
     pub packet_id: u16,
-    /// Encoded MQTT 5 properties, without their length; not sent to MQTT 3.1.1.
+    /// Encoded MQTT 5 properties without their length; not sent to MQTT 3.1.1 clients.
     pub properties: &'a [u8],
     pub payload: &'a [u8],
 }
 
 impl OutPublish<'_> {
-    /// Bytes after the fixed header.
+    /// Returns the number of bytes after the fixed header.
     pub fn remaining_len(&self, version: Version) -> usize {
         let properties = match version {
             Version::V31 | Version::V3 => 0,
