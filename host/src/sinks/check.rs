@@ -1,17 +1,17 @@
-//! What `validate --connect` finds out about a sink: whether it could write now.
+//! The result of `validate --connect` for a sink: whether it could write now.
 
 use super::{Claim, Found, Position};
 
-/// What a sink would meet if it opened now.
+/// What a sink would find if it opened now.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Checked {
-    /// Names what is there, or what the sink would create.
+    /// What exists, or what the sink would create.
     pub found: Vec<String>,
-    /// Says what keeps the sink from writing rows, each with what to do; none where it would write.
+    /// What prevents the sink from writing rows, each with what to do; empty if it would write.
     pub problems: Vec<String>,
-    /// Says what works and is hardly meant.
+    /// What works but is probably not intended.
     pub warnings: Vec<String>,
-    /// Says what each claim would find if it were taken now.
+    /// What each claim would find if it were opened now.
     pub claims: Vec<Looked>,
 }
 
@@ -19,7 +19,7 @@ pub struct Checked {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Looked {
     pub claim: Claim,
-    /// As [`super::Opened`] has them.
+    /// Positions, as in [`super::Opened`].
     pub positions: Vec<Position>,
     pub found: Found,
 }

@@ -1,11 +1,12 @@
-//! What every sink promises, as tests that each implementation runs against its own database.
+//! The promises of every sink, as tests that each implementation runs with its own database.
 //!
-//! `conformance_tests!` are the promises of a sink that writes rows and positions in one transaction:
-//! each row once. `repeating_conformance_tests!` are those of a sink whose positions move once its
-//! store has the rows: each row at least once, as the same row. What both promise is in both lists.
+//! `conformance_tests!` has the promises of a sink that writes rows and positions in one transaction:
+//! each row is written once. `repeating_conformance_tests!` has those of a sink whose positions advance
+//! after its store has the rows: each row is written at least once, as the same row. Promises of both
+//! are in both lists.
 //!
-//! A [`Database`] outlives its sinks, as a server outlives a process: each
-//! `sink()` stands for another process that delivers to it.
+//! A [`Database`] outlives its sinks, as a server outlives a process: each `sink()` stands for another
+//! process that delivers to it.
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -21,29 +22,29 @@ mod passes;
 pub(crate) use keys::*;
 pub(crate) use passes::*;
 
-/// A fresh database, and what it holds.
+/// A new database, and its contents.
 #[async_trait]
 pub trait Database: Send + Sync {
-    /// Not opened yet.
+    /// Returns a sink that is not opened yet.
     async fn sink(&self) -> Box<dyn Sink>;
 
-    /// (device, value) of every row, in no order.
+    /// Returns (device, value) of every row, in any order.
     async fn written(&self) -> Vec<(String, f64)>;
 
-    /// Somebody removes what Headworks keeps beside the rows.
+    /// Removes what Headworks stores beside the rows.
     async fn lose_positions(&self);
 
-    /// Looks a claim up as `validate --connect` does; `None` where there is no such check.
+    /// Looks a claim up as `validate --connect` does. Returns `None` if there is no such check.
     async fn look(&self, _claim: &Claim) -> Option<Looked> {
         None
     }
 
-    /// From now on this payload cannot be written. Sinks with typed columns
-    /// refuse `"hot"` by themselves.
+    /// Makes this payload impossible to write. Sinks with typed columns reject `"hot"` by themselves.
     fn refuses(&self, _payload: &str) {}
 }
 
-/// One `#[tokio::test]` for each promise; the argument makes a [`Database`], `.await` allowed.
+/// Creates one `#[tokio::test]` for each promise. The argument creates a [`Database`], and may use
+/// `.await`.
 macro_rules! conformance_tests {
     ($database:expr) => {
         $crate::sinks::conformance::conformance_tests!($database;
@@ -84,7 +85,8 @@ macro_rules! conformance_tests {
 }
 pub(crate) use conformance_tests;
 
-/// The promises of a sink whose store has no transactions; the argument as for `conformance_tests`.
+/// Creates the tests of a sink whose store has no transactions. The argument is as for
+/// `conformance_tests`.
 macro_rules! repeating_conformance_tests {
     ($database:expr) => {
         $crate::sinks::conformance::conformance_tests!($database;
@@ -115,8 +117,8 @@ macro_rules! repeating_conformance_tests {
 }
 pub(crate) use repeating_conformance_tests;
 
-/// The promises of sinks whose table has a deferred foreign key of `device_id`: the devices
-/// `a` and `b` are known, and `new` is made known by a trigger after its row.
+/// Creates the tests of sinks whose table has a deferred foreign key of `device_id`: the devices `a` and
+/// `b` exist, and a trigger adds `new` after its row.
 macro_rules! deferred_conformance_tests {
     ($database:expr) => {
         $crate::sinks::conformance::conformance_tests!($database;
@@ -137,15 +139,15 @@ pub fn claim() -> Claim {
     }
 }
 
-/// A message of this device; the payload is a bare number where it can be written.
+/// Returns a message of this device. The payload is a bare number if it can be written.
 pub fn message(device: &'static str, payload: &'static str) -> (&'static str, &'static str) {
     (device, payload)
 }
 
-/// Received at 2026-02-23T10:00:00.123456Z.
+/// 2026-02-23T10:00:00.123456Z, at which the messages are received.
 pub const RECEIVED_US: u64 = 1_771_840_800_123_456;
 
-/// One batch; the topic names the device.
+/// Returns one batch, whose topics name the devices.
 pub fn batch<'m>(messages: impl IntoIterator<Item = (&'m str, &'m str)>) -> Batch {
     let mut bytes = Vec::new();
     let mut entries = Vec::new();
@@ -194,7 +196,7 @@ pub fn position(partition: u16, next: u64) -> Position {
     Position { partition: Partition(partition), next: Offset(next), lineage: Lineage::default() }
 }
 
-/// Another process.
+/// Opens the claim in another process.
 async fn opened(database: &dyn Database, claim: &Claim) -> (Box<dyn Sink>, Vec<Position>) {
     let mut sink = database.sink().await;
     let mut positions = sink.open(claim, None).await.expect("opens").positions;
@@ -482,7 +484,7 @@ pub async fn two_pipelines_share_one_table(database: &dyn Database) {
     assert_eq!(database.written().await.len(), 2);
 }
 
-/// The rejected rows of a commit.
+/// Returns the rejected rows of a commit.
 pub fn rejected(outcome: Result<Outcome, Error>) -> Vec<RefusedRow> {
     match outcome {
         Ok(Outcome::Rejected(rejected)) => rejected,
@@ -557,7 +559,7 @@ pub async fn what_is_not_finished_is_not_written(database: &dyn Database) {
     assert!(matches!(error, Error::Retry(_)), "{error:?}");
 }
 
-/// Rejected once more, and not finished either.
+/// Asserts that the rows are rejected again, and not finished either.
 async fn rejected_again(sink: &mut dyn Sink, bad: &Rows) {
     sink.open(&claim(), None).await.expect("opens again");
     rejected(sink.commit(bad, &[advance(0, 0, 2)]).await);

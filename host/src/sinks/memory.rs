@@ -1,8 +1,8 @@
-//! A sink that keeps its rows in memory and fails on demand: for tests of what
-//! delivers to sinks. Positions, epochs and fencing are as in a database.
+//! A sink that keeps its rows in memory and fails on demand, for tests of code that delivers to sinks.
+//! Positions, epochs and fencing are as in a database.
 //!
-//! A [`MemoryDatabase`] outlives its sinks, as a server outlives a process:
-//! `database.sink()` is what one process holds.
+//! A [`MemoryDatabase`] outlives its sinks, as a server outlives a process: `database.sink()` is what
+//! one process holds.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -33,14 +33,14 @@ pub struct MemoryRow {
 /// What the next call does instead of its work.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// None: the call goes through.
+    /// No fault: the call succeeds.
     Passes,
     TooMuch(String),
     Doubtful(String),
     Retry(String),
-    /// The commit is written, the answer is lost.
+    /// The commit is written, but the answer is lost.
     UnknownWritten,
-    /// The commit is not written, the answer is lost.
+    /// The commit is not written, and the answer is lost.
     UnknownLost,
     Fenced(String),
     Setup(String),
@@ -51,7 +51,7 @@ type Refuse = Box<dyn Fn(&MessageRef<'_>) -> Option<String> + Send>;
 #[derive(Clone)]
 pub struct MemoryDatabase {
     state: Arc<Mutex<State>>,
-    /// Rows written so far, for those who wait for them.
+    /// Number of rows written so far, for waiting callers.
     written: watch::Sender<usize>,
     blocked: watch::Sender<bool>,
     commits_blocked: watch::Sender<bool>,
@@ -68,11 +68,11 @@ struct State {
     commit_faults: VecDeque<Fault>,
     opens: usize,
     commits: usize,
-    /// Rows of each transaction that wrote some, in order.
+    /// Number of rows of each transaction that wrote any, in order.
     transactions: Vec<usize>,
 }
 
-/// Rows and positions of a [`MemoryDatabase`] at one moment.
+/// Rows and positions of a [`MemoryDatabase`] at one time.
 pub struct Backup {
     rows: Vec<MemoryRow>,
     claims: HashMap<Key, Claimed>,
@@ -88,7 +88,7 @@ fn key(claim: &Claim) -> Key {
 #[derive(Clone)]
 struct Claimed {
     epoch: u64,
-    /// By partition; `None` until the first advance.
+    /// Positions by partition; `None` until the first advance.
     next: Vec<Option<(Offset, Lineage)>>,
     /// [`Advance::letters`] of each partition.
     letters: Vec<Option<String>>,
@@ -114,7 +114,7 @@ impl MemoryDatabase {
         self.lock().rows.clone()
     }
 
-    /// Returns the rows of each transaction that wrote some, in order.
+    /// Returns the rows of each transaction that wrote any, in order.
     pub fn transactions(&self) -> Vec<Vec<MemoryRow>> {
         let state = self.lock();
         let mut rows = state.rows.iter().cloned();
@@ -127,18 +127,18 @@ impl MemoryDatabase {
         let _ = self.written.subscribe().wait_for(|written| *written >= count).await;
     }
 
-    /// Positions of a claim; empty when nobody opened or advanced it.
+    /// Returns the positions of a claim; empty if it was never opened or advanced.
     pub fn positions(&self, claim: &Claim) -> Vec<Position> {
         self.lock().claims.get(&key(claim)).map(Claimed::positions).unwrap_or_default()
     }
 
-    /// Removes all claims, as somebody does who drops the table of positions.
+    /// Removes all claims, as if the table of positions were dropped.
     pub fn lose_positions(&self) {
         self.lock().claims.clear();
     }
 
-    /// Brings back the positions, and the rows, as they were when the stream had these offsets: somebody
-    /// restored a backup, or another server took over that was behind.
+    /// Restores positions and rows to the state at which the stream had these offsets, as if a backup
+    /// were restored, or a standby that was behind took over.
     pub fn go_back(&self, to: Offset) {
         let state = &mut *self.lock();
         state.rows.retain(|row| row.offset < to);
@@ -147,65 +147,64 @@ impl MemoryDatabase {
         }
     }
 
-    /// Takes rows and positions away, as somebody does who puts another database into the place of this one.
-    /// Returns the rows.
+    /// Removes rows and positions, as if another database replaced this one. Returns the rows.
     pub fn replace(&self) -> Vec<MemoryRow> {
         let state = &mut *self.lock();
         state.claims.clear();
         std::mem::take(&mut state.rows)
     }
 
-    /// Returns rows and positions as they are: what somebody puts into a backup.
+    /// Returns rows and positions, as a backup contains them.
     pub fn backup(&self) -> Backup {
         let state = self.lock();
         Backup { rows: state.rows.clone(), claims: state.claims.clone() }
     }
 
-    /// Brings back what was in a backup, and nothing else.
+    /// Restores exactly the contents of a backup.
     pub fn restore(&self, backup: &Backup) {
         let state = &mut *self.lock();
         (state.rows, state.claims) = (backup.rows.clone(), backup.claims.clone());
     }
 
-    /// Removes the positions of one partition.
+    /// Removes the position of one partition.
     pub fn lose_position(&self, partition: u16) {
         self.lock().claims.values_mut().for_each(|claimed| claimed.next[usize::from(partition)] = None);
     }
 
-    /// Rows for which `refuse` gives a reason can never be written.
+    /// Makes rows for which `refuse` returns a reason impossible to write.
     pub fn refuse(&self, refuse: impl Fn(&MessageRef<'_>) -> Option<String> + Send + 'static) {
         self.lock().refuse = Some(Box::new(refuse));
     }
 
-    /// Rows for which `suspect` gives a reason cannot be written. Where a commit has other rows too, these
-    /// are rejected; where it has none, the reason may be the table's: a set-up error.
+    /// Makes rows for which `suspect` returns a reason fail. If a commit has other rows too, they are
+    /// rejected; otherwise the reason may be the table's, and the commit fails with a set-up error.
     pub fn suspect(&self, suspect: impl Fn(&MessageRef<'_>) -> Option<String> + Send + 'static) {
         self.lock().suspect = Some(Box::new(suspect));
     }
 
-    /// The next calls of `open` fail so, one each, then it works again.
+    /// Makes the next calls of `open` fail, one for each fault. Later calls succeed.
     pub fn fail_opens(&self, faults: impl IntoIterator<Item = Fault>) {
         self.lock().open_faults.extend(faults);
     }
 
-    /// The next calls of `commit` fail so, one each, then it works again.
+    /// Makes the next calls of `commit` fail, one for each fault. Later calls succeed.
     pub fn fail_commits(&self, faults: impl IntoIterator<Item = Fault>) {
         self.lock().commit_faults.extend(faults);
     }
 
-    /// No call fails any more that was to fail once.
+    /// Cancels all pending faults.
     pub fn fail_no_more(&self) {
         let state = &mut *self.lock();
         state.open_faults.clear();
         state.commit_faults.clear();
     }
 
-    /// Calls fail for this reason until it is `None`.
+    /// Makes all calls fail for this reason, until it is `None`.
     pub fn set_down(&self, reason: Option<&str>) {
         self.lock().down = reason.map(str::to_owned);
     }
 
-    /// Calls wait until [`MemoryDatabase::unblock`].
+    /// Makes calls wait until [`MemoryDatabase::unblock`].
     pub fn block(&self) {
         self.blocked.send_replace(true);
     }
@@ -214,22 +213,22 @@ impl MemoryDatabase {
         self.blocked.send_replace(false);
     }
 
-    /// Commits of rows wait until they are unblocked, and nothing else does.
+    /// Makes only commits of rows wait until they are unblocked.
     pub fn set_commits_blocked(&self, blocked: bool) {
         self.commits_blocked.send_replace(blocked);
     }
 
-    /// Commits that wait so.
+    /// Returns the number of waiting commits.
     pub fn commits_waiting(&self) -> usize {
         self.commits_blocked.receiver_count()
     }
 
-    /// Calls of `open` that came through, faults included.
+    /// Returns the number of calls of `open`, including failed ones.
     pub fn opens(&self) -> usize {
         self.lock().opens
     }
 
-    /// Calls of `commit` that came through, faults included.
+    /// Returns the number of calls of `commit`, including failed ones.
     pub fn commits(&self) -> usize {
         self.lock().commits
     }
@@ -249,7 +248,7 @@ impl Claimed {
         Self { epoch: 0, next: vec![None; partitions], letters: vec![None; partitions] }
     }
 
-    /// Whoever took the claim last, if anybody did.
+    /// Returns the last holder of the claim, if there was one.
     fn highest(&self) -> Option<Usurper> {
         (self.epoch > 0).then(|| Usurper {
             epoch: self.epoch,
@@ -267,7 +266,7 @@ impl Claimed {
     }
 }
 
-/// Takes over the positions of the first name that the claim had and that has some.
+/// Takes over the positions of the first former name of the claim that has any.
 fn rename(claims: &mut HashMap<Key, Claimed>, claim: &Claim) {
     if claims.get(&key(claim)).is_some_and(|claimed| !claimed.positions().is_empty()) {
         return;
@@ -429,7 +428,7 @@ impl Sink for MemorySink {
 }
 
 impl MemorySink {
-    /// Whether all positions are ours to move.
+    /// Checks that all positions are ours to advance.
     fn check(&self, state: &State, advance: &[Advance]) -> Result<(), Error> {
         let (claim, epoch) =
             self.mine.as_ref().ok_or_else(|| Error::Retry("commit before open".to_owned()))?;

@@ -1,4 +1,4 @@
-//! A password or token of a sink, which a config names and does not have.
+//! A password or token of a sink. The config names it, but does not contain it.
 
 use std::path::PathBuf;
 
@@ -8,18 +8,18 @@ use serde::{Deserialize, Serialize};
 use crate::files;
 use crate::problems::{KeyPath, Problems};
 
-/// Where the password is; it is never kept in the config itself.
+/// Where the password is stored. It is never in the config itself.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase", deny_unknown_fields)]
 pub enum Password {
     /// Name of an environment variable.
     Env(String),
-    /// A file; a line end after the password is ignored.
+    /// A file. A line end after the password is ignored.
     File(PathBuf),
 }
 
 impl Password {
-    /// Reads it now; `what` it is, for the error, which never holds it.
+    /// Reads the password now. `what` describes it for the error, which never contains it.
     pub fn read(&self, what: &str) -> Result<String, String> {
         match self {
             Self::Env(name) => std::env::var(name)
@@ -36,7 +36,7 @@ impl Password {
         }
     }
 
-    /// Tries to read it.
+    /// Reads the password, and adds what is wrong with it.
     pub fn look(&self, what: &str, path: &KeyPath, problems: &mut Problems) {
         let key = match self {
             Self::Env(_) => "env",

@@ -1,12 +1,12 @@
-//! What all tables of positions have in common: who holds a claim, why it is not to be had, and
-//! what a person is told.
+//! The common part of all tables of positions: the holder of a claim, why a claim cannot be taken, and
+//! the messages about it.
 
 use std::ops::Range;
 
 use super::{Advance, Claim, Epoch, Error, Name};
 use crate::batch::{Offset, Partition};
 
-/// Who claims, for the one who is fenced: `edge-7 (process 4711)`.
+/// Returns the name of this process for a fenced one: `edge-7 (process 4711)`.
 pub(super) fn holder() -> String {
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname")
         .map(|name| name.trim().to_owned())
@@ -15,18 +15,18 @@ pub(super) fn holder() -> String {
     format!("{host} (process {})", std::process::id())
 }
 
-/// The claim that is there instead of ours.
+/// The claim of another process.
 pub(super) struct Usurper {
     pub(super) epoch: u64,
     pub(super) holder: String,
-    /// When it was claimed, where that is known.
+    /// When the claim was taken, if known.
     pub(super) at: Option<String>,
 }
 
 impl Claim {
-    /// Returns the epoch with which a claim is taken that was taken as `highest` last: the next one, or
-    /// the one that this process holds. `has_rows`: where a claim that is held is gone, there are rows
-    /// that would be written again.
+    /// Returns the epoch with which a claim is taken: the one after `highest`, or the one that this
+    /// process holds. `has_rows` says whether the table has rows, which would be written again if a held
+    /// claim is gone.
     pub(super) fn take(
         &self,
         held: Option<Epoch>,
@@ -43,8 +43,8 @@ impl Claim {
         }
     }
 
-    /// Returns why positions were not ours to move, where the claim was taken as `highest` last and the
-    /// partitions are at `next`.
+    /// Returns why positions could not be advanced, given the `highest` claim and the partitions at
+    /// `next`.
     pub(super) fn refusal(
         &self,
         ours: Epoch,
@@ -66,13 +66,13 @@ impl Claim {
         }
     }
 
-    /// Returns the name that the claim has, then those that it had.
+    /// Returns the name of the claim, then its former names.
     pub(super) fn names(&self) -> impl Iterator<Item = Name> {
         let own = (self.pipeline.clone(), self.sink.clone());
         std::iter::once(own).chain(self.formerly.iter().cloned())
     }
 
-    /// Returns what to say where another process has taken the claim over.
+    /// Returns the message that another process has taken the claim over.
     pub(super) fn fenced_by(&self, usurper: &Usurper, ours: Epoch) -> String {
         let at = usurper.at.as_deref().map(|at| format!(" at {at}")).unwrap_or_default();
         format!(
@@ -85,7 +85,7 @@ impl Claim {
         )
     }
 
-    /// Returns what to say where a position is not the one that this host left.
+    /// Returns the message that a position is not the one that this host left.
     pub(super) fn moved(&self, partition: Partition, is: Option<u64>, left: Offset) -> String {
         let is = is.map_or("nowhere".to_owned(), |next| format!("at offset {next}"));
         format!(
@@ -97,8 +97,8 @@ impl Claim {
         )
     }
 
-    /// Returns what to say where the table has rows, or may have some that the sink does not see, and
-    /// the positions that this host left are gone.
+    /// Returns the message that the table has rows, or may have rows that the sink cannot see, and the
+    /// positions that this host left are gone.
     pub fn gone(&self) -> String {
         let positions = self.positions_text();
         self.to_put_back(&format!(
@@ -107,13 +107,13 @@ impl Claim {
         ))
     }
 
-    /// Returns what to say where the table of positions has rows of some partitions only.
+    /// Returns the message that the table of positions has rows of some partitions only.
     pub fn partly_gone(&self) -> String {
         let positions = self.positions_text();
         self.to_put_back(&format!("the {positions} are gone from headworks_positions for some partitions"))
     }
 
-    /// Returns what to say where a sink that began as `begin: now` says has no positions any more.
+    /// Returns the message that a sink that began according to `begin: now` has no positions any more.
     pub fn begun(&self, kept: &Range<Offset>) -> String {
         format!(
             "the {} are not in headworks_positions, and the sink has begun before, as `begin: now` in sinks.{sink} \
@@ -136,7 +136,7 @@ impl Claim {
         )
     }
 
-    /// Who has the claim now that had this name.
+    /// Returns the message that names the present holder of a claim with a former name.
     pub(super) fn renamed(&self, holder: &str) -> String {
         format!("{holder} as pipeline \"{}\", sink \"{}\"", self.pipeline, self.sink)
     }

@@ -14,7 +14,7 @@ use crate::listeners::transport::{Bind, SocketMode, origin, websocket};
 use crate::problems::{KeyPath, Problems};
 use crate::units::{ByteSize, Period};
 
-/// Most bytes of retained messages and wills together. The state of a stream holds 64 MiB, and QoS 2
+/// Most bytes of retained messages and wills together. The state of a stream holds 128 MiB, and QoS 2
 /// packet ids need the rest.
 const STATE_BYTES_MOST: u64 = 48 << 20;
 

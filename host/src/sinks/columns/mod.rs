@@ -1,8 +1,7 @@
-//! Messages to column values, the same for every sink with a table.
+//! Maps messages to column values, in the same way for every sink with a table.
 //!
-//! [`Columns`] is the mapping, made once; a [`Reader`] goes through the rows of
-//! one commit and finds all the fields of a payload in one walk, without a tree
-//! and without allocating per message.
+//! [`Columns`] is the mapping, created once. A [`Reader`] processes the rows of one commit, and finds
+//! all fields of a payload in one pass, without building a tree and without allocating for each message.
 
 use std::sync::Arc;
 
@@ -24,7 +23,7 @@ pub use value::{TIME_BYTES, Value, excerpt, write_time};
 #[derive(Clone, Debug)]
 pub struct Columns {
     pub columns: Vec<Column>,
-    /// Fields of the payload that some pointer begins with.
+    /// Top-level fields of the payload that the pointers use.
     keys: Vec<String>,
     namespace: Arc<Namespace>,
 }
@@ -32,23 +31,23 @@ pub struct Columns {
 #[derive(Clone, Debug)]
 pub struct Column {
     pub name: String,
-    /// `None`: what the table's column is, or what the value is.
+    /// Type of the value; `None` for the type of the table's column, or of the value itself.
     pub kind: Option<Kind>,
-    /// Must have a value.
+    /// Whether the column must have a value.
     pub required: bool,
-    /// What the sink calls it, and the key of the config that has it: for reasons.
+    /// Name of the column in the sink, and key of the config, for error messages.
     pub called: Called,
     pub(super) unit: Option<Unit>,
-    /// Minutes east of UTC of times that do not say their offset.
+    /// Minutes east of UTC, for times without an offset.
     pub zone_minutes: Option<i32>,
     sources: Vec<Source>,
 }
 
-/// What a sink calls a column.
+/// Name that a sink uses for a column.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Called {
     pub noun: &'static str,
-    /// Key of the sink's config.
+    /// Key in the sink's config.
     pub key: &'static str,
 }
 
@@ -61,7 +60,7 @@ enum Source {
     Device,
     Payload,
     Route,
-    /// A level of the topic, where it fits the namespace.
+    /// A level of the topic, if the topic matches the namespace.
     Level(String),
     /// A field of the payload, and the path from there.
     Field {
@@ -90,17 +89,17 @@ impl Columns {
         Self { columns, keys, namespace }
     }
 
-    /// The first column that holds the message's time.
+    /// Returns the first column that holds the message's time.
     pub fn time(&self) -> Option<&Column> {
         self.columns.iter().find(|column| column.sources.first() == Some(&Source::Time))
     }
 
-    /// The first column that holds the device id.
+    /// Returns the first column that holds the device id.
     pub fn device(&self) -> Option<&Column> {
         self.columns.iter().find(|column| column.sources.first() == Some(&Source::Device))
     }
 
-    /// Warns of times that are written as numbers in a unit that the config does not name.
+    /// Warns about times that are written as numbers in a unit that the config does not name.
     pub fn warn_of_times_without_unit(&self, sink: &str) {
         for column in self.columns.iter().filter(|column| column.is_time_without_unit()) {
             tracing::warn!(
@@ -117,7 +116,7 @@ impl Columns {
     }
 }
 
-/// Why a column has no value: what it should have been.
+/// Why a column has no value: the type that it should have had.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mismatch(pub &'static str);
 
@@ -128,9 +127,9 @@ pub struct Reader<'c, 'm> {
 }
 
 impl<'m> Reader<'_, 'm> {
-    /// Gives `write` each column's value in order. What `write` cannot take, a required value that is
-    /// not there, and a payload of which the row would have nothing though columns are filled from it,
-    /// refuse the row with a reason.
+    /// Passes each column's value to `write`, in order. A row is rejected with a reason if `write`
+    /// cannot take a value, if a required value is missing, or if the payload yields no value although
+    /// columns are filled from it.
     pub fn read(
         &mut self,
         row: usize,
@@ -169,9 +168,9 @@ impl<'m> Reader<'_, 'm> {
         }
     }
 
-    /// Finds all fields in one walk, and returns whether the payload may have fields: whether it is an
-    /// object. One that begins as an object does, perhaps behind a byte order mark, and is not JSON, is an
-    /// error.
+    /// Finds all fields in one pass, and returns whether the payload is an object, which may have
+    /// fields. A payload that begins as an object, possibly after a byte order mark, and is not valid
+    /// JSON is an error.
     fn find(&mut self, payload: &'m [u8]) -> Result<bool, json::Error> {
         self.found.clear();
         self.found.resize(self.columns.keys.len(), None);
@@ -188,7 +187,7 @@ impl<'m> Reader<'_, 'm> {
         outcome.map(|()| true)
     }
 
-    /// The first source that is there and not null, and which one.
+    /// Returns the value of the first source that exists and is not null, and the source.
     fn first<'c>(&self, column: &'c Column, message: &MessageRef<'m>) -> (Value<'m>, Option<&'c Source>) {
         for source in &column.sources {
             let value = match source {
@@ -218,22 +217,22 @@ impl<'m> Reader<'_, 'm> {
 }
 
 impl Column {
-    /// Whether `$time` or `$received` is written here.
+    /// Returns whether `$time` or `$received` is written to this column.
     pub fn holds_time(&self) -> bool {
         self.sources.iter().any(|source| matches!(source, Source::Time | Source::Received))
     }
 
-    /// Whether what is written here are times: by what the column is filled from, or by its type.
+    /// Returns whether the column holds times, by its sources or its type.
     pub fn is_time(&self) -> bool {
         self.holds_time() || self.kind == Some(Kind::Timestamptz)
     }
 
-    /// Whether times become numbers here, and the config does not say in which unit.
+    /// Returns whether times become numbers in this column, and the config does not name the unit.
     fn is_time_without_unit(&self) -> bool {
         self.holds_time() && self.unit.is_none() && self.kind == Some(Kind::Bigint)
     }
 
-    /// A time in the column's unit and zone; what is no time as it is.
+    /// Converts a time to the column's unit and zone. Other values are returned unchanged.
     fn as_time<'m>(&self, value: Value<'m>) -> Result<Value<'m>, Mismatch> {
         const NOT: Mismatch = Mismatch("a time");
         match (self.kind, self.unit) {
@@ -252,12 +251,12 @@ impl Column {
         self.sources.iter().any(|source| matches!(source, Source::Field { .. }))
     }
 
-    /// Whether it is filled from the payload or a field of it.
+    /// Returns whether the column is filled from the payload or one of its fields.
     fn wants_payload(&self) -> bool {
         self.has_field() || self.sources.contains(&Source::Payload)
     }
 
-    /// A payload that is an object or an array is not this column's value.
+    /// Returns whether an object or an array is no valid value for this column.
     fn wants_scalar(&self) -> bool {
         matches!(self.kind, Some(Kind::Double | Kind::Bigint | Kind::Bool | Kind::Timestamptz))
     }
@@ -324,10 +323,11 @@ fn expected(kind: Option<Kind>) -> &'static str {
     }
 }
 
-/// UTF-8's, which some editors and programs put in front of a text.
+/// Byte order mark of UTF-8, which some editors and programs put in front of a text.
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
-/// `column "value": the payload has no number at /value: {"device_id"…`
+/// Returns the reason of a rejected row: `column "value": the payload has no number at /value:
+/// {"device_id"…`
 fn reason(
     column: &Column,
     source: Option<&Source>,
@@ -387,7 +387,7 @@ fn reason(
     }
 }
 
-/// What a payload is that is no object.
+/// Returns the kind of a payload that is not an object.
 fn form(payload: &[u8]) -> Option<&'static str> {
     match payload.trim_ascii() {
         [] => Some("empty"),

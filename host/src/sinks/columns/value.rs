@@ -1,7 +1,7 @@
-//! One value of a message, borrowed, and what it is as a database's type.
+//! One borrowed value of a message, and its conversion to a database's type.
 //!
-//! Conversions are strict: a JSON string is not a number, `21.5` is not a
-//! bigint. What does not convert is a reason for dead letters, never a guess.
+//! Conversions are strict: a JSON string is not a number, and `21.5` is not a bigint. A value that
+//! cannot be converted makes its message a dead letter; it is never guessed.
 
 use std::borrow::Cow;
 
@@ -13,9 +13,9 @@ use crate::telemetry::is_printable;
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Value<'m> {
     Null,
-    /// Microseconds since 1970, UTC.
+    /// Time in microseconds since 1970, UTC.
     Time(i64),
-    /// A time in the unit of its column.
+    /// Time in the unit of its column.
     Epoch(i64),
     Text(&'m str),
     Json(Raw<'m>),
@@ -32,17 +32,18 @@ impl<'m> Value<'m> {
         }
     }
 
-    /// Whether it is a number of JSON.
+    /// Returns whether the value is a JSON number.
     pub fn is_number(&self) -> bool {
         self.json().is_some_and(|raw| raw.kind() == JsonKind::Number)
     }
 
-    /// A finite number.
+    /// Returns a finite number.
     pub fn f64(&self) -> Option<f64> {
         self.json()?.as_f64().filter(|number| number.is_finite())
     }
 
-    /// A number without a fraction; a time as microseconds since 1970, or in its column's unit.
+    /// Returns a number without a fraction. A time is returned in microseconds since 1970, or in its
+    /// column's unit.
     pub fn i64(&self) -> Option<i64> {
         if let Self::Time(number) | Self::Epoch(number) = *self {
             return Some(number);
@@ -59,14 +60,14 @@ impl<'m> Value<'m> {
         self.json()?.as_bool()
     }
 
-    /// Microseconds since 1970, UTC: of text, or of a number in seconds,
-    /// milliseconds, microseconds or nanoseconds, told by its size. Plugins
-    /// read times with the same parser.
+    /// Returns a time in microseconds since 1970, UTC, from text, or from a number of seconds,
+    /// milliseconds, microseconds or nanoseconds, which are distinguished by size. Plugins parse times
+    /// with the same function.
     pub fn time_us(&self) -> Option<i64> {
         self.time_in(None)
     }
 
-    /// As [`Value::time_us`]; text without an offset is of this zone.
+    /// Returns a time as [`Value::time_us`] does. Text without an offset is in this zone.
     pub fn time_in(&self, zone_minutes: Option<i32>) -> Option<i64> {
         match *self {
             Self::Time(us) => Some(us),
@@ -82,7 +83,8 @@ impl<'m> Value<'m> {
         }
     }
 
-    /// Days since 1970: the date as it stands in a text or in digits (`20260301`), else the day in UTC of a time.
+    /// Returns a date as days since 1970: the date in a text or in digits (`20260301`), otherwise the
+    /// day of a time in UTC.
     pub fn day(&self) -> Option<i64> {
         let written = match *self {
             Self::Text(text) => time::parse_day(text.as_bytes()),
@@ -98,7 +100,7 @@ impl<'m> Value<'m> {
         written.or_else(|| Some(self.time_us()?.div_euclid(DAY_US)))
     }
 
-    /// Text; what is no JSON string, as it stands in the payload.
+    /// Returns text. A value that is not a JSON string is returned as it is in the payload.
     pub fn text(&self) -> Option<Cow<'m, str>> {
         match *self {
             Self::Null => None,
@@ -117,7 +119,7 @@ impl<'m> Value<'m> {
         }
     }
 
-    /// One JSON value.
+    /// Returns one JSON value.
     pub fn json_text(&self) -> Option<Cow<'m, str>> {
         if let Some(raw) = self.json() {
             return std::str::from_utf8(raw.as_bytes()).ok().map(Cow::Borrowed);
@@ -141,11 +143,11 @@ impl<'m> Value<'m> {
 
 const DAY_US: i64 = 86_400_000_000;
 
-/// `2026-02-23 10:00:00.123456Z`
+/// Length of `2026-02-23 10:00:00.123456Z`.
 pub const TIME_BYTES: usize = 27;
 
-/// Appends a time as RFC 3339 with a space (section 5.6), always six digits of
-/// fraction: it sorts as text, and SQLite's own functions read and compare it.
+/// Appends a time in the format of RFC 3339 with a space (section 5.6), always with six digits of
+/// fraction, so that it can be sorted as text, and read and compared by SQLite's own functions. Returns
 /// `None` outside the years 0 to 9999.
 pub fn write_time(us: i64, out: &mut String) -> Option<()> {
     const DAY_US: i64 = 86_400_000_000;
@@ -186,7 +188,7 @@ pub fn write_time(us: i64, out: &mut String) -> Option<()> {
     Some(())
 }
 
-/// The first characters of some bytes, for a reason that a person reads.
+/// Returns the first characters of some bytes, for an error message.
 pub fn excerpt(bytes: &[u8]) -> String {
     const SHOWN_BYTES: usize = 80;
     let mut shown = String::new();

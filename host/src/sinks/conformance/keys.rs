@@ -1,4 +1,4 @@
-//! What a sink promises of rows that meet a unique key of its table.
+//! The promises of a sink for rows that violate a unique key of its table.
 
 use async_trait::async_trait;
 
@@ -11,7 +11,7 @@ pub trait Keyed: Database {
     async fn sink_on_conflict(&self, on_conflict: OnConflict) -> Box<dyn Sink>;
 }
 
-/// The promises of sinks whose table may have a row already.
+/// Creates the tests of sinks whose table may already have a row.
 macro_rules! keyed_conformance_tests {
     ($database:expr) => {
         $crate::sinks::conformance::conformance_tests!($database;

@@ -1,4 +1,4 @@
-//! What a sink keeps of the passes of redrives.
+//! What a sink stores about the passes of redrives.
 
 use uuid::Uuid;
 
@@ -35,7 +35,7 @@ pub async fn positions_in_other_logs_are_told_and_not_taken(database: &dyn Datab
     sinks[0].commit(&Rows::default(), &[advance(0, 7, 8)]).await.expect("nothing was taken");
 }
 
-/// They are written with the rows, or not at all, and stay until they are replaced.
+/// The records of passes are written with the rows, or not at all, and stay until they are replaced.
 pub async fn letters_of_passes_are_kept_with_their_rows(database: &dyn Database) {
     let pass = |pass: u128, sink: &str| Claim {
         pipeline: "telemetry/redrive".to_owned(),

@@ -1,21 +1,22 @@
 //! Line protocol: `measurement,tag=text field=1.5,other="text" 1771840800123456789`.
 //!
-//! The text forms are those that InfluxDB 1 and 2 read (its `models` package: a backslash counts only
-//! before the characters that it escapes) and InfluxDB 3 (where a backslash is escaped as well). What none
-//! of these forms can hold is an error here, so that the server is never sent another text than was meant.
+//! The text forms are those that InfluxDB 1 and 2 read (their `models` package: a backslash counts only
+//! before the characters that it escapes), and those of InfluxDB 3 (where a backslash is escaped too).
+//! Text that none of these forms can represent is an error here, so that the server never receives
+//! another text than was intended.
 
 use std::fmt::Write;
 
 /// How a server reads backslashes in names and tags.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Backslash {
-    /// Literally, but before what it escapes.
+    /// Literally, except before a character that it escapes.
     Plain,
-    /// As itself where there are two.
+    /// A backslash is written as two.
     Escaped,
 }
 
-/// Text that no form of the line protocol can hold.
+/// Error for text that no form of the line protocol can represent.
 const LINE_END: &str = "it has a line end, which the line protocol cannot hold";
 const TRAILING_BACKSLASH: &str = "it ends in a backslash, which InfluxDB 1 and 2 cannot hold";
 
@@ -34,7 +35,7 @@ pub fn check_measurement(name: &str) -> Result<(), &'static str> {
     }
 }
 
-/// Whether this can be the name of a tag or field.
+/// Checks the name of a tag or field.
 pub fn check_key(name: &str) -> Result<(), &'static str> {
     check_text(name)?;
     if name.ends_with('\\') { Err(TRAILING_BACKSLASH) } else { Ok(()) }
@@ -44,7 +45,7 @@ fn check_text(text: &str) -> Result<(), &'static str> {
     if text.contains(['\n', '\r']) { Err(LINE_END) } else { Ok(()) }
 }
 
-/// Appends the name of a tag or field, or the text of a tag; none of these may be empty.
+/// Appends the name of a tag or field, or the text of a tag, which must not be empty.
 pub fn push_key(line: &mut String, text: &str, backslash: Backslash) -> Result<(), &'static str> {
     check_text(text)?;
     push(line, text, &[',', '=', ' '], backslash)
@@ -63,7 +64,7 @@ fn push(line: &mut String, text: &str, escaped: &[char], backslash: Backslash) -
     Ok(())
 }
 
-/// Appends the text of a field, which may be any.
+/// Appends the text of a field.
 pub fn push_text(line: &mut String, text: &str) {
     line.push('"');
     for c in text.chars() {
@@ -75,7 +76,7 @@ pub fn push_text(line: &mut String, text: &str) {
     line.push('"');
 }
 
-/// Appends a finite number, in the shortest form that reads as the same one.
+/// Appends a finite number in the shortest form that reads as the same number.
 pub fn push_float(line: &mut String, number: f64) {
     write!(line, "{number:?}").expect("a String takes it");
 }

@@ -1,8 +1,8 @@
-//! Points into InfluxDB, or a store that takes its line protocol, by HTTP.
+//! Writes points over HTTP to InfluxDB, or to a store that accepts its line protocol.
 //!
-//! The store has no transactions: [`Journaled`](super::Journaled) keeps the positions. A point is named by
-//! its series and its time, so that one that comes again takes the place of the one that is there; `spread`
-//! puts the identity of the message into the digits of the time that the message does not have.
+//! The store has no transactions, so [`Journaled`](super::Journaled) keeps the positions. A point is
+//! identified by its series and its time, so a point that is written again replaces itself. `spread`
+//! puts the identity of the message into digits of the time that the message does not use.
 
 mod config;
 mod line;

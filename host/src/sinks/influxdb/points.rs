@@ -1,4 +1,4 @@
-//! Messages to points.
+//! Converts messages to points.
 
 use std::sync::Arc;
 
@@ -8,19 +8,20 @@ use crate::sinks::columns::{Called, Columns, ColumnsConfig, Kind, Mismatch, Read
 use crate::sinks::{RefusedRow, Rows};
 use crate::topic::Namespace;
 
-/// Nanoseconds that InfluxDB has times for (its `models.MinNanoTime` and `MaxNanoTime`).
+/// Range of times in nanoseconds that InfluxDB supports (its `models.MinNanoTime` and `MaxNanoTime`).
 const NANOS: std::ops::RangeInclusive<i64> = i64::MIN + 2..=i64::MAX - 1;
-/// Nanoseconds of a microsecond: as many messages of one time and series are kept apart.
+/// Nanoseconds in a microsecond, which is the number of messages of one time and series that are kept
+/// apart.
 const SPREAD: u64 = 1_000;
-/// Places two messages of one series apart whose offsets follow each other, so that several points of each
-/// do not meet.
+/// Distance between two consecutive messages of one series, so that several points of each do not
+/// coincide.
 const STRIDE: u64 = 31;
 
-/// Makes points of messages.
+/// Converts messages to points.
 #[derive(Debug)]
 pub struct Points {
     columns: Columns,
-    /// Literal, unless the first column has it.
+    /// The fixed measurement; `None` if the first column has it.
     measurement: Option<String>,
     tags: std::ops::Range<usize>,
     fields: std::ops::Range<usize>,
@@ -35,7 +36,7 @@ pub struct Lines {
     pub text: String,
     /// Row, and end of its line in the text.
     pub rows: Vec<(usize, usize)>,
-    /// Rows that are no points.
+    /// Rows that cannot be points.
     pub rejected: Vec<RefusedRow>,
 }
 
@@ -167,8 +168,8 @@ impl Points {
         Ok(named.and(written))
     }
 
-    /// The time in the unit that is sent. Where that is nanoseconds, those below the microsecond tell
-    /// messages of one time apart, and are the same for a message that comes again.
+    /// Returns the time in the unit that is sent. In nanoseconds, the digits below the microsecond
+    /// distinguish messages with the same time, and are the same if a message is written again.
     fn time(&self, us: i64, offset: u64, index: u32) -> Option<i64> {
         let nanos = us.checked_mul(1_000)?;
         let nanos = match self.spread {

@@ -1,4 +1,4 @@
-//! The HTTP API of the versions: where points go, what is sent along, and what answers mean.
+//! The HTTP API of the versions: the path, the headers, and the meaning of answers.
 
 use std::io::Write;
 use std::time::Duration;
@@ -23,41 +23,41 @@ use crate::sinks::Error;
 use crate::sinks::columns::excerpt;
 
 const ANSWER_BYTES_MAX: usize = 1 << 20;
-/// Less is sent as it is.
+/// Smallest body that is compressed.
 const GZIP_BYTES_MIN: usize = 1_024;
-/// Longest wait that a server may ask for.
+/// Longest wait that a server may request.
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(300);
 
-/// How to reach the server.
+/// Address and credentials of the server.
 pub struct Service {
     config: Config,
-    /// Of the API, with its query.
+    /// Path of the API with its query.
     path: String,
 }
 
-/// A connection, and what shows who asks.
+/// A connection with its credentials.
 pub struct Client {
     connection: Connection,
     authority: String,
     authorization: Option<String>,
-    /// A request was answered on the connection, so that the server may have closed it since.
+    /// Whether a request was answered on the connection, so that the server may have closed it since.
     is_used: bool,
 }
 
-/// What an answer means.
+/// Meaning of an answer.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// All points are kept.
+    /// All points are stored.
     Written,
-    /// Some of the points cannot be kept, the others are.
+    /// Some of the points were rejected, the others are stored.
     Rejected(String),
-    /// The request cannot be taken, and the answer does not say that it is for what the points hold.
+    /// The request was rejected, and the answer does not attribute this to the contents of points.
     Refused(String),
-    /// The request is larger than the server takes.
+    /// The request is larger than the server accepts.
     TooLarge(String),
-    /// A person must act.
+    /// An operator must act.
     Setup(StatusCode, String),
-    /// It may pass; the server may say after what time.
+    /// The error may be temporary. The server may state how long to wait.
     Later(String, Option<Duration>),
 }
 
@@ -67,7 +67,7 @@ impl Service {
         Self { path: format!("{}{}", base.trim_end_matches('/'), api(config)), config: config.clone() }
     }
 
-    /// Reads the certificates now, so that a renewed one is used at the next connect.
+    /// Reads the certificates now, so that a renewed certificate is used at the next connect.
     pub fn connector(&self) -> Result<TlsConnector, String> {
         let file = self.config.ca_file()?;
         let named = |reason: String| format!("{}: {reason}", file.display());
@@ -98,7 +98,7 @@ impl Service {
         Ok(Some(format!("Basic {}", BASE64_STANDARD.encode(shown))))
     }
 
-    /// Sends lines. A connection that the server has closed since it was used last is not the end of it.
+    /// Sends lines. If the server has closed an idle connection, the lines are sent on a new one.
     pub async fn write(&self, client: &mut Option<Client>, lines: &Bytes) -> Result<Verdict, Error> {
         let is_compressed = self.config.gzip && lines.len() >= GZIP_BYTES_MIN;
         let body = match is_compressed {
@@ -157,7 +157,7 @@ impl Service {
         })
     }
 
-    /// Returns what a person does about an answer of this status.
+    /// Returns what an operator can do about an answer with this status.
     pub fn advice(&self, status: StatusCode) -> String {
         let Config { version, database, org, bucket, .. } = &self.config;
         let name = |name: &Option<String>| name.clone().unwrap_or_default();
@@ -226,7 +226,7 @@ fn api(config: &Config) -> String {
     }
 }
 
-/// As a query has it: RFC 3986, 2.3, the unreserved characters as they are.
+/// Percent-encodes a text for a query, leaving the unreserved characters of RFC 3986, 2.3.
 fn encoded(text: &str) -> String {
     let mut query = String::new();
     for byte in text.bytes() {
@@ -240,7 +240,7 @@ fn encoded(text: &str) -> String {
     query
 }
 
-/// Says what an answer means.
+/// Returns the meaning of an answer.
 fn verdict(answer: &Answer, version: u8) -> Verdict {
     let reason = reason(answer);
     match answer.status.as_u16() {
@@ -254,7 +254,7 @@ fn verdict(answer: &Answer, version: u8) -> Verdict {
     }
 }
 
-/// Whether an answer is about what some of the points hold. The others are kept.
+/// Returns whether an answer says that some of the points were rejected, and the others stored.
 fn is_of_points(reason: &str, version: u8) -> bool {
     // InfluxDB 1: "partial write: field type conflict: …", "unable to parse '…': …"; 2: the same in its
     // message; 3: "partial write of line protocol occurred".
@@ -262,7 +262,7 @@ fn is_of_points(reason: &str, version: u8) -> bool {
     said.iter().any(|said| reason.contains(said)) || version == 3 && reason.contains("line protocol")
 }
 
-/// `400 Bad Request: partial write: …`
+/// Returns the reason: `400 Bad Request: partial write: …`
 fn reason(answer: &Answer) -> String {
     let json: Option<Value> = serde_json::from_slice(&answer.body).ok();
     let text = |key: &str| json.as_ref()?.get(key)?.as_str().map(str::to_owned);
@@ -277,7 +277,7 @@ fn reason(answer: &Answer) -> String {
     if said.is_empty() { status.to_string() } else { format!("{status}: {}", excerpt_of(&said)) }
 }
 
-/// A server's text, of a length that a dead letter and a log line can have.
+/// Returns a server's text, cut to a length for dead letters and log lines.
 fn excerpt_of(text: &str) -> String {
     const SHOWN_CHARS: usize = 400;
     let mut shown: String =
@@ -288,7 +288,7 @@ fn excerpt_of(text: &str) -> String {
     shown
 }
 
-/// Seconds, or a date (RFC 9110, 10.2.3).
+/// Returns the time to wait, from seconds or a date (RFC 9110, 10.2.3).
 fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     let value = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
     let wait = match value.parse() {

@@ -1,4 +1,4 @@
-//! Writes points, and finds those that the server does not take.
+//! Writes points, and finds those that the server rejects.
 
 use std::time::{Duration, Instant};
 
@@ -12,14 +12,14 @@ use crate::sinks::{Error, Put, RefusedRow, Rows, Target};
 use crate::units::Period;
 
 pub struct InfluxTarget {
-    /// As the start screen has it.
+    /// Place for the start screen.
     place: String,
-    /// Begins each error.
+    /// Prefix of each error.
     context: String,
     service: Service,
     points: Points,
     client: Option<Client>,
-    /// The server asked for no request before.
+    /// Time before which the server asked for no request.
     not_before: Option<Instant>,
 }
 
@@ -29,7 +29,7 @@ impl InfluxTarget {
         Self { place, context, service, points, client: None, not_before: None }
     }
 
-    /// An error while the server wants no request.
+    /// Returns an error while the server wants no request.
     fn wait(&self) -> Result<(), Error> {
         let left = self.not_before.map(|at| at.saturating_duration_since(Instant::now()));
         match left.filter(|left| !left.is_zero()) {
@@ -41,7 +41,7 @@ impl InfluxTarget {
         }
     }
 
-    /// Sends lines; what may pass and what a person must do are errors.
+    /// Sends lines. Temporary errors and those that need an operator are returned as errors.
     async fn write(&mut self, lines: &Bytes) -> Result<Verdict, Error> {
         self.wait()?;
         match self.service.write(&mut self.client, lines).await? {
@@ -56,7 +56,7 @@ impl InfluxTarget {
         }
     }
 
-    /// Sends nothing: the server looks at who asks, and for the place.
+    /// Sends an empty request, with which the server checks the credentials and the place.
     async fn try_out(&mut self) -> Result<(), Error> {
         self.wait()?;
         self.client = None;
@@ -64,8 +64,8 @@ impl InfluxTarget {
         self.write(&Bytes::new()).await.map(|_| ())
     }
 
-    /// Sends all lines; those of which the server does not take some are sent again by halves, down to
-    /// the lines that it does not take. A line that was taken is the same point again.
+    /// Sends all lines. If the server rejects some, the lines are sent again in halves, down to the
+    /// rejected lines. A line that is written again is the same point.
     async fn write_all(&mut self, rows: &Rows, lines: Lines) -> Result<Put, Error> {
         let Lines { text, rows: of, rejected } = lines;
         let text = Bytes::from(text);

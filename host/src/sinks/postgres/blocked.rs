@@ -1,4 +1,4 @@
-//! Who has the lock that a transaction waited for in vain.
+//! Finds the transaction whose lock another transaction waited for in vain.
 
 use tokio_postgres::Client;
 
@@ -12,9 +12,9 @@ use crate::telemetry::Failures;
 /// `lock_not_available`: `lock_timeout` has passed.
 const LOCK_TIMEOUT: &str = "55P03";
 
-/// The oldest transaction with a lock that can be in the way: on the table ($1), the tables that
-/// its foreign keys name, those that the error names ($2), the table of positions, or on opening
-/// a sink. A prepared transaction has no process.
+/// The oldest transaction with a lock that can be in the way: on the table ($1), on the tables that its
+/// foreign keys name, on those that the error names ($2), on the table of positions, or on opening a
+/// sink. A prepared transaction has no process.
 const OLDEST: &str = "
 SELECT l.pid, a.application_name, a.usename::text, a.state, a.wait_event_type, a.wait_event,
        extract(epoch FROM now() - a.xact_start)::bigint
@@ -30,14 +30,15 @@ WHERE l.pid IS DISTINCT FROM pg_backend_pid()
   AND (l.granted OR l.mode IN ('ShareLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock'))
 ORDER BY a.xact_start NULLS LAST LIMIT 1";
 
-/// Asks on a connection of its own: the one that waited may have answers left to read.
+/// Queries on a connection of its own, because the one that waited may still have unread answers.
 pub struct Blocked {
     pub name: String,
     pub config: Config,
 }
 
 impl Blocked {
-    /// As [`error::classify`]; after a lock timeout with the transaction that is likely in the way.
+    /// Classifies an error as [`error::classify`] does, and adds the transaction that is likely in the
+    /// way after a lock timeout.
     pub async fn classify(&self, context: &str, error: &tokio_postgres::Error) -> Error {
         let Some(db) = error.as_db_error().filter(|db| db.code().code() == LOCK_TIMEOUT) else {
             return error::classify(context, error);
@@ -48,7 +49,7 @@ impl Blocked {
         Error::Retry(format!("{context}: {reason}{who}"))
     }
 
-    /// `None` where it cannot be found out.
+    /// Returns the oldest transaction; `None` if it cannot be determined.
     async fn oldest(&self, names: &[&str]) -> Option<String> {
         let (client, _connection) = connect(&self.name, &self.config, &Failures::default()).await.ok()?;
         oldest(&client, &quoted_table(&self.config.table), names).await.ok()?

@@ -1,6 +1,5 @@
-//! `validate --connect`: what the sink would meet, looked at in a transaction
-//! that is read-only, so that the server itself lets nothing be written; what isolates
-//! rejected rows is made and rolled back.
+//! `validate --connect`: checks what the sink would find, in a read-only transaction, so that the server
+//! itself prevents writes. The function that isolates rejected rows is created and rolled back.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,12 +21,12 @@ use crate::sinks::{Checked, Claim, Error, Found, Looked, OnConflict};
 use crate::telemetry::Failures;
 use crate::topic::Namespace;
 
-/// Who we are, and what holds for the whole session.
+/// The user and the settings of the session.
 const SESSION: &str = "
 SELECT current_user::text, current_schema()::text,
        pg_is_in_recovery(), current_setting('default_transaction_read_only')::boolean";
 
-/// Rights on the table of positions that this user lacks; nothing where there is none.
+/// Rights on the table of positions that this user lacks; no row if there is no table.
 const POSITIONS: &str = "
 SELECT string_agg(lacks, ', ') FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE']) AS lacks
 WHERE NOT has_table_privilege(to_regclass('headworks_positions'), lacks)";
@@ -36,10 +35,10 @@ WHERE NOT has_table_privilege(to_regclass('headworks_positions'), lacks)";
 const OWNS: &str =
     "SELECT pg_has_role(relowner, 'USAGE') FROM pg_class WHERE oid = to_regclass('headworks_positions')::oid";
 
-/// Whether this user may create tables in a schema; no row where there is none.
+/// Whether this user may create tables in a schema; no row if there is no schema.
 const CREATE: &str = "SELECT has_schema_privilege(oid, 'CREATE') FROM pg_namespace WHERE nspname = $1";
 
-/// Sequences that give defaults of columns, such as those of SERIAL, which this user may not use.
+/// Sequences for defaults of columns, such as those of SERIAL, that this user may not use.
 const SEQUENCES: &str = "
 SELECT DISTINCT s.oid::regclass::text
 FROM pg_attrdef d JOIN pg_attribute a ON a.attrelid = d.adrelid AND a.attnum = d.adnum
@@ -81,7 +80,7 @@ struct Check<'c> {
     checked: &'c mut Checked,
 }
 
-/// The user, as SQL writes it, and the schema that names without one are in.
+/// The user, quoted for SQL, and the schema for names without one.
 struct Session {
     user: String,
     schema: Option<String>,
@@ -136,7 +135,7 @@ impl Check<'_> {
         }
     }
 
-    /// The table of positions; whether it is there and may be read.
+    /// Checks the table of positions. Returns whether it exists and can be read.
     async fn positions(&mut self, session: &Session) -> Result<bool, tokio_postgres::Error> {
         let exists = "SELECT to_regclass('headworks_positions') IS NOT NULL";
         if !self.client.query_one(exists, &[]).await?.get::<_, bool>(0) {
@@ -167,7 +166,7 @@ impl Check<'_> {
         Ok(false)
     }
 
-    /// Looks up what each claim would find; returns whether one of them has positions.
+    /// Looks up what each claim would find. Returns whether one of them has positions.
     async fn claims(&mut self, claims: Vec<Claim>, may_be_read: bool) -> Result<bool, tokio_postgres::Error> {
         let mut was_there = false;
         let table = quoted_table(&self.config.table);
@@ -197,7 +196,7 @@ impl Check<'_> {
         Ok(was_there)
     }
 
-    /// No such table: what the sink would do about it.
+    /// Checks what the sink would do about a missing table.
     async fn missing(
         &mut self,
         columns: &Columns,
@@ -226,7 +225,7 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// Whether the table is one that the sink can write to.
+    /// Checks whether the sink can write to the table.
     async fn table(
         &mut self,
         table: &Table,
@@ -300,8 +299,8 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// Makes what isolates rejected rows, and rolls it back: whatever is in the way says so. It is the
-    /// one thing that a read-only transaction does not let be tried.
+    /// Creates the function that isolates rejected rows, and rolls it back, to find out what prevents
+    /// it. A read-only transaction does not permit this test.
     async fn stage(&mut self, columns: &Columns, binding: &Binding) -> Result<(), tokio_postgres::Error> {
         let begin = format!("ROLLBACK; {BEGIN}; {}", settings(self.config));
         self.client.batch_execute(&begin).await?;

@@ -1,4 +1,4 @@
-//! A connection as a sink uses it: TLS and login, then limits of time.
+//! Opens a connection for a sink: TLS, login, and time limits.
 
 use std::future::poll_fn;
 use std::hash::{BuildHasher, RandomState};
@@ -20,19 +20,19 @@ use super::tls;
 use crate::sinks::Error;
 use crate::telemetry::{Failures, alike};
 
-/// Addresses that a host's name may have.
+/// Most addresses of a host name.
 const ADDRESSES_MAX: usize = 16;
 
-/// What Pgpool-II alone answers, and where a server says that it is.
+/// Statement that only Pgpool-II answers, and the server's own address.
 const POOL_VERSION: &str = "SHOW pool_version";
 const SERVER: &str = "SELECT current_setting('port'), host(inet_server_addr())";
 
-/// What to do about Pgpool-II, which does not pass on what a sink sends: COPY behind other
-/// messages, without waiting for their answers.
+/// What to do about Pgpool-II, which does not forward what a sink sends: COPY behind other messages,
+/// without waiting for their answers.
 const PGPOOL: &str = "Pgpool-II is in between, through which rows cannot be written (COPY among other messages ends its \
      process); connect to PostgreSQL directly, and name all servers in `url` with target_session_attrs=read-write";
 
-/// The task of a connection. It ends with what uses the connection, whatever the server does.
+/// The task of a connection. It ends with the user of the connection, whatever the server does.
 pub struct Connection {
     task: AbortHandle,
     end: End,
@@ -50,14 +50,14 @@ impl Drop for Connection {
     }
 }
 
-/// How a connection ended. A server that ends a connection between two requests says why to no
-/// request: the next one learns only that the connection is closed.
+/// How a connection ended. If a server ends a connection between two requests, no request receives the
+/// reason: the next one only learns that the connection is closed.
 #[derive(Clone)]
 pub struct End(watch::Receiver<Option<String>>);
 
 impl End {
-    /// Adds to an error what ended the connection, in the words of the server where it said so. To be
-    /// called once the connection is closed or dropped.
+    /// Adds the reason why the connection ended to an error, in the words of the server if it gave one.
+    /// Called after the connection is closed or dropped.
     pub async fn explain(mut self, error: Error) -> Error {
         // The task has said all once it is gone.
         while self.0.changed().await.is_ok() {}
@@ -71,11 +71,11 @@ impl End {
     }
 }
 
-/// What the client says of a request to a connection that has ended.
+/// The client's error for a request on a connection that has ended.
 const CLOSED: &str = "connection closed";
 
-/// Connects and logs in: each address of each of the url's hosts gets `connect_timeout`, one after
-/// the other. The task that is returned reports the server's warnings.
+/// Connects and logs in. The addresses of the URL's hosts are tried one after the other, each for
+/// `connect_timeout`. The returned task reports warnings of the server.
 pub async fn connect(
     name: &str,
     config: &Config,
@@ -109,7 +109,7 @@ pub async fn connect(
     Err(if is_setup { Error::Setup(reason) } else { Error::Retry(reason) })
 }
 
-/// The hosts of the url, and how each is connected to.
+/// Returns the hosts of the URL, and how to connect to each.
 fn target(name: &str, config: &Config) -> Result<tokio_postgres::Config, Error> {
     let mut target = config.url.parse().map_err(Error::Setup)?;
     if let Some(password) = &config.password {
@@ -134,7 +134,7 @@ fn target(name: &str, config: &Config) -> Result<tokio_postgres::Config, Error> 
     Ok(target)
 }
 
-/// The order in which the hosts of the url are tried.
+/// Returns the order in which the hosts of the URL are tried.
 fn order(target: &tokio_postgres::Config) -> Vec<usize> {
     let mut hosts: Vec<usize> = (0..target.get_hosts().len()).collect();
     if target.get_load_balance_hosts() == LoadBalanceHosts::Random {
@@ -144,8 +144,8 @@ fn order(target: &tokio_postgres::Config) -> Vec<usize> {
     hosts
 }
 
-/// One target for each address of a host, with what it is called in a reason. A name that cannot
-/// be resolved is one target, which says so.
+/// Returns one target for each address of a host, with its name for error messages. A name that cannot
+/// be resolved is one target, whose error says so.
 async fn addresses(
     target: &tokio_postgres::Config,
     host: usize,
@@ -180,7 +180,7 @@ async fn addresses(
     found.iter().map(of).collect()
 }
 
-/// The target with one of its hosts only.
+/// Returns the target with only one of its hosts.
 fn one(
     target: &tokio_postgres::Config,
     host: usize,
@@ -275,8 +275,8 @@ async fn log_in(
     }
 }
 
-/// Whether Pgpool-II answers. A server, whose log has a line of each statement that it does not know,
-/// is asked only where it says that it is not where the sink has connected to.
+/// Returns whether the peer is Pgpool-II. A server logs each unknown statement, so it is asked only if
+/// its own address is not the one to which the sink has connected.
 async fn is_pgpool(client: &Client, target: &tokio_postgres::Config) -> Result<bool, tokio_postgres::Error> {
     let answers = client.simple_query(SERVER).await?;
     let row = answers.iter().find_map(|answer| match answer {
@@ -296,9 +296,10 @@ async fn is_pgpool(client: &Client, target: &tokio_postgres::Config) -> Result<b
     Ok(answers.iter().any(|answer| matches!(answer, SimpleQueryMessage::Row(_))))
 }
 
-/// Limits of a session, as SQL. Sent within a transaction, so that a pooler that changes server
-/// connections between transactions does not set them for another client. The last two limits are of
-/// PostgreSQL 14 and 17: an idle connection is no fault, and a whole transaction has the limits of its statements.
+/// Returns the time limits of a session as SQL. They are sent within a transaction, so that a pooler
+/// that changes server connections between transactions does not set them for another client. The last
+/// two limits exist since PostgreSQL 14 and 17: an idle connection is not an error, and a whole
+/// transaction is limited through its statements.
 pub fn settings(config: &Config) -> String {
     let ms = |period: crate::units::Period| period.0.as_millis();
     format!(
@@ -316,8 +317,8 @@ pub fn settings(config: &Config) -> String {
     )
 }
 
-/// Settings by which the server reads values that are written in their text form. Of dates it takes those
-/// that begin with the year: `02/03/2026` is refused, and not guessed.
+/// Settings for reading values in text form. Only dates that begin with the year are accepted:
+/// `02/03/2026` is rejected, not guessed.
 const TEXT_FORMS: [(&str, &str); 8] = [
     ("client_encoding", "UTF8"),
     ("TimeZone", "UTC"),
@@ -329,8 +330,8 @@ const TEXT_FORMS: [(&str, &str); 8] = [
     ("array_nulls", "on"),
 ];
 
-/// Returns what sets them for the rest of a transaction, behind `SELECT` or `PERFORM`: a trigger may have
-/// set them for the session.
+/// Returns the expressions that set them for the rest of a transaction, after `SELECT` or `PERFORM`,
+/// because a trigger may have changed them for the session.
 pub fn text_forms() -> String {
     let rows = TEXT_FORMS.map(|(name, value)| format!("('{name}', '{value}')")).join(", ");
     format!(
@@ -339,12 +340,12 @@ pub fn text_forms() -> String {
     )
 }
 
-/// Returns the condition that one of them is not as [`text_forms`] sets it.
+/// Returns the condition that one of them differs from what [`text_forms`] sets.
 pub fn text_forms_differ() -> String {
     TEXT_FORMS.map(|(name, value)| format!("current_setting('{name}') <> '{value}'")).join(" OR ")
 }
 
-/// Reports a warning of the server, such as RAISE WARNING in a trigger: these come with each row.
+/// Reports a warning of the server, such as RAISE WARNING in a trigger, which is repeated for each row.
 fn report(failures: &Failures, sink: &str, notice: &DbError) {
     let (severity, message) = (notice.severity(), notice.message());
     let kind = format!("sink \"{sink}\": the database says {severity}");

@@ -1,7 +1,7 @@
-//! Rows in PostgreSQL's binary COPY format, straight into the buffer that goes
-//! to the socket (documentation of COPY, "Binary Format"; the types' own formats
-//! are their `*send` functions). By hand: `BinaryCopyInWriter` goes through
-//! `&dyn ToSql` and a boxed error for every field.
+//! Encodes rows in PostgreSQL's binary COPY format directly into the buffer for the socket
+//! (documentation of COPY, "Binary Format"; the formats of types are those of their `*send` functions).
+//! `BinaryCopyInWriter` is not used, because it goes through `&dyn ToSql` and a boxed error for every
+//! field.
 
 use std::borrow::Cow;
 
@@ -14,17 +14,18 @@ use crate::sinks::columns::{Mismatch, Value};
 /// `PGCOPY\n\377\r\n\0`, no flags, no header extension.
 pub const HEADER: [u8; 19] = *b"PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0";
 pub const TRAILER: [u8; 2] = (-1_i16).to_be_bytes();
-/// 2000-01-01 in microseconds since 1970: PostgreSQL's own epoch.
+/// PostgreSQL's epoch, 2000-01-01, in microseconds since 1970.
 const EPOCH_US: i64 = 946_684_800_000_000;
 pub const DAY_US: i64 = 86_400_000_000;
-/// From 4714-11-24 BC to the year 294277, in microseconds since 2000 (datatype/timestamp.h).
+/// Valid timestamps, from 4714-11-24 BC to the year 294277, in microseconds since 2000
+/// (datatype/timestamp.h).
 const TIMESTAMPS: std::ops::Range<i64> = -211_813_488_000_000_000..9_223_371_331_200_000_000;
-/// The largest field that PostgreSQL takes, MaxAllocSize, less room for headers.
+/// Largest field that PostgreSQL accepts: MaxAllocSize, less room for headers.
 const FIELD_BYTES_MAX: usize = 1_000_000_000;
 /// MAXDIM of PostgreSQL's arrays.
 const ARRAY_DIMENSIONS_MAX: usize = 6;
 
-/// A column's type, of those that can be written.
+/// A supported type of a column.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Target {
     Bool,
@@ -41,22 +42,23 @@ pub enum Target {
     Jsonb,
     Bytea,
     Uuid,
-    /// An array, in its text form as the next.
+    /// An array, written in its text form.
     Array {
-        /// Its elements are JSON, so that a string is one with its quotes.
+        /// Whether its elements are JSON, so that a string element keeps its quotes.
         of_json: bool,
     },
-    /// Any other: its text form, which the server reads as the row leaves the staging table.
+    /// Any other type, written in its text form, which the server parses when the row leaves the staging
+    /// table.
     Other,
 }
 
-/// What a column's declared length lets through.
+/// Limit in a column's declared type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Length {
     Any,
-    /// Characters of `varchar(n)` and `char(n)`.
+    /// Most characters of `varchar(n)` and `char(n)`.
     Chars(u32),
-    /// Digits before the point, of `numeric(p, s)`.
+    /// Digits before the decimal point of `numeric(p, s)`.
     Digits(i32),
 }
 
@@ -83,7 +85,7 @@ impl Target {
         }
     }
 
-    /// As it is written to the staging table.
+    /// Returns the type in the staging table.
     pub fn staged(self) -> Self {
         if self == Self::Jsonb { Self::Json } else { self }
     }
@@ -188,7 +190,8 @@ fn text_of(value: Value<'_>) -> Result<Cow<'_, str>, Mismatch> {
     Ok(text)
 }
 
-/// A JSON array as PostgreSQL writes one (documentation, 8.15.2); what is none as it is.
+/// Returns a JSON array in PostgreSQL's array syntax (documentation, 8.15.2). Other values are returned
+/// unchanged.
 fn array_of(value: Value<'_>, of_json: bool) -> Result<Cow<'_, str>, Mismatch> {
     let json = value.json_text();
     let array = json.as_deref().and_then(|text| json::parse(text.as_bytes()).ok());
@@ -241,7 +244,7 @@ fn put_quoted(text: &str, out: &mut String) {
     out.push('"');
 }
 
-/// Whether there is a NUL.
+/// Returns whether the bytes contain a NUL.
 #[inline]
 fn memchr(bytes: &[u8]) -> bool {
     bytes.contains(&0)
@@ -258,8 +261,8 @@ fn field_len(len: usize) -> Result<i32, Mismatch> {
     if len > FIELD_BYTES_MAX { Err(Mismatch("small enough for PostgreSQL")) } else { Ok(len as i32) }
 }
 
-/// Exactly the digits that the payload has: groups of four decimal digits
-/// around the point (`numeric_recv`).
+/// Appends exactly the digits in the payload: groups of four decimal digits around the point
+/// (`numeric_recv`).
 fn put_numeric(value: Value<'_>, length: Length, out: &mut BytesMut) -> Result<(), Mismatch> {
     const NOT: Mismatch = Mismatch("a number");
     const DIGITS_MAX: usize = 1_000;

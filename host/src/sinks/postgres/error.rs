@@ -1,5 +1,5 @@
-//! What an error of the server means for the next step: by its SQLSTATE.
-//! Codes: PostgreSQL documentation, appendix A.
+//! Classifies errors of the server by SQLSTATE, according to what the sink does next. Codes: PostgreSQL
+//! documentation, appendix A.
 
 use std::error::Error as _;
 use std::io::ErrorKind;
@@ -8,7 +8,7 @@ use tokio_postgres::error::DbError;
 
 use crate::sinks::Error;
 
-/// Lines of a server's context that a reason keeps, and characters of each.
+/// Most lines of a server's context in a reason, and most characters of each.
 const CONTEXT_LINES_MAX: usize = 3;
 const CONTEXT_CHARS_MAX: usize = 200;
 
@@ -16,8 +16,8 @@ const CONTEXT_CHARS_MAX: usize = 200;
 pub const POOLER: &str = "a pooler is in between that hands server connections out by transaction, such as PgBouncer \
      with pool_mode = transaction; set pool_mode = session for this user and database, or connect to PostgreSQL directly";
 
-/// Whether only such a pooler brings this about: a prepared statement, or the staging table
-/// of this session, is there before it was made, or is not there after.
+/// Returns whether only such a pooler can cause the error: a prepared statement, or the staging table of
+/// this session, exists before it was created, or is missing afterwards.
 fn is_by_pooler(error: &tokio_postgres::Error) -> bool {
     error.as_db_error().is_some_and(|db| match db.code().code() {
         "26000" | "42P05" => true,
@@ -26,8 +26,8 @@ fn is_by_pooler(error: &tokio_postgres::Error) -> bool {
     })
 }
 
-/// While nothing of this transaction can have been committed, and outside of
-/// the write of rows.
+/// Classifies an error outside of writing rows, at a time when nothing of this transaction can have been
+/// committed.
 pub fn classify(context: &str, error: &tokio_postgres::Error) -> Error {
     if is_by_pooler(error) {
         return Error::Setup(format!("{context}: {}: {POOLER}", describe(error)));
@@ -35,7 +35,7 @@ pub fn classify(context: &str, error: &tokio_postgres::Error) -> Error {
     next(error)(format!("{context}: {}", describe(error)))
 }
 
-/// The same for a connection that did not come about, and what to do about it.
+/// Classifies an error of a connection attempt, and adds what to do about it.
 pub fn cannot_connect(error: &tokio_postgres::Error) -> Error {
     let advice = advice(error).map(|advice| format!("; {advice}")).unwrap_or_default();
     next(error)(format!("{}{advice}", describe(error)))
@@ -52,23 +52,23 @@ fn next(error: &tokio_postgres::Error) -> fn(String) -> Error {
     }
 }
 
-/// What an error says that came as rows were written.
+/// Meaning of an error that occurred while rows were written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// A row may be the cause. `certain`: it is, though nothing else was written either.
+    /// A row may be the cause. With `certain` it is the cause, even if nothing else was written.
     Row {
         certain: bool,
     },
-    /// Something outside of the database failed, such as another server or a file, of which a trigger or a
-    /// foreign table makes use: for all rows, as while that server is down, or for the one that it is about.
+    /// Something outside of the database failed, such as another server or a file that a trigger or a
+    /// foreign table uses. All rows may be affected, as while that server is down, or only one.
     Outside,
     /// Too many rows at once for a limit of time or memory.
     TooMuch,
     Retry,
 }
 
-/// By SQLSTATE. Codes that the server does not know itself come from RAISE in
-/// a trigger, so they are about the row.
+/// Classifies an SQLSTATE. Codes that the server does not define come from RAISE in a trigger, so they
+/// concern the row.
 pub fn of_write(code: &str) -> Kind {
     match (code.get(..2).unwrap_or_default(), code) {
         // A cancelled statement (`statement_timeout`), out of memory, a configured limit.
@@ -91,23 +91,23 @@ pub fn of_write(code: &str) -> Kind {
     }
 }
 
-/// Codes that extensions raise for single rows and that a table can also give
-/// for all of them.
+/// Returns whether extensions raise this code for single rows, although a table can also cause it for
+/// all rows.
 pub fn is_doubtful(code: &str) -> bool {
     code.starts_with("0A") || code.starts_with("XX") || code == "53400"
 }
 
-/// 57P: the server ended the connection, perhaps after the commit.
+/// Returns whether the code is of class 57P: the server ended the connection, possibly after the commit.
 pub fn is_end(code: &str) -> bool {
     code.starts_with("57P")
 }
 
-/// Names, rights, what is not there: nothing but a person mends it.
+/// Returns whether the code concerns names, rights or missing objects, which only an operator can fix.
 fn is_setup_code(code: &str) -> bool {
     !code.starts_with("XX") && !code.starts_with("55")
 }
 
-/// Errors that no server sent, but that a person must mend.
+/// Returns whether an error that no server sent needs an operator.
 fn is_setup(error: &tokio_postgres::Error) -> bool {
     let text = error.to_string();
     text.starts_with("invalid configuration")
@@ -115,7 +115,7 @@ fn is_setup(error: &tokio_postgres::Error) -> bool {
         || text.starts_with("error performing TLS handshake")
 }
 
-/// Returns what a person can do.
+/// Returns what an operator can do.
 fn advice(error: &tokio_postgres::Error) -> Option<&'static str> {
     if let Some(db) = error.as_db_error() {
         return Some(match db.code().code() {
@@ -181,10 +181,11 @@ pub fn describe_db(db: &DbError) -> String {
     describe_parts(db.message(), db.code().code(), db.column(), [db.detail(), db.hint(), db.where_()])
 }
 
-/// `column "value": null value in column "value" … (SQLSTATE 23502): Failing row contains …`
+/// Describes an error: `column "value": null value in column "value" … (SQLSTATE 23502): Failing row
+/// contains …`
 ///
-/// `more`: detail, hint and context. Of the context what lies within our own statements: a
-/// trigger's function and line, a line of JSON, a line and column of COPY.
+/// `more` has detail, hint and context. Of the context, only the part within our own statements is used:
+/// a trigger's function and line, a line of JSON, a line and column of COPY.
 pub fn describe_parts(message: &str, code: &str, column: Option<&str>, more: [Option<&str>; 3]) -> String {
     let [detail, hint, context] = more;
     let theirs = context.map(|context| {

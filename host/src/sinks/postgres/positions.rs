@@ -1,5 +1,5 @@
-//! The table of positions in the sink's own database: claimed at `open`, moved
-//! in the transaction of the rows.
+//! The table of positions in the sink's own database. Positions are claimed at `open` and advanced in
+//! the transaction of the rows.
 
 use tokio_postgres::{Client, Error, Row, Statement};
 use uuid::Uuid;
@@ -12,9 +12,9 @@ use crate::sinks::{
 };
 use crate::stream::Lineage;
 
-/// `next_offset` is null until the first advance. `fillfactor` leaves room for updates in place, one per
-/// batch and partition. While somebody holds a snapshot, no version of a row can be removed, and one on
-/// another page costs a look at each of its entries in the index.
+/// Creates the table. `next_offset` is null until the first advance. `fillfactor` leaves room for
+/// updates in place, one for each batch and partition: while any session holds a snapshot, no old
+/// version of a row can be removed, and each version on another page costs a check of its index entries.
 pub const CREATE: &str = r#"
 CREATE TABLE headworks_positions (
     pipeline    TEXT        NOT NULL,
@@ -43,7 +43,8 @@ const ADDED: [(&str, &str); 4] =
 const MISSING: &str = "SELECT name FROM unnest($1::text[]) AS name WHERE NOT EXISTS (
     SELECT FROM pg_attribute WHERE attrelid = to_regclass('headworks_positions') AND attname = name AND NOT attisdropped)";
 
-/// Two hosts that open at the same moment take turns: held to the end of the transaction.
+/// Lock, held until the end of the transaction, that makes two hosts that open at the same time take
+/// turns.
 pub const LOCK: &str = "SELECT pg_advisory_xact_lock(hashtext('headworks_positions'))";
 
 const HIGHEST: &str = "SELECT epoch, holder, claimed_at::text FROM headworks_positions
@@ -60,7 +61,7 @@ RETURNING "partition", next_offset, openings"#;
 const HAS_POSITIONS: &str = "SELECT EXISTS (SELECT FROM headworks_positions
     WHERE pipeline = $1 AND sink = $2 AND log = $3::text::uuid AND generation = $4 AND next_offset IS NOT NULL)";
 
-/// Copies positions to a new name; the epoch is the claim's business.
+/// Copies positions to a new name. The epoch belongs to the claim.
 const RENAME: &str = r#"
 INSERT INTO headworks_positions
     (pipeline, sink, log, generation, "partition", epoch, next_offset, openings, letters, holder)
@@ -69,12 +70,12 @@ WHERE pipeline = $5 AND sink = $6 AND log = $3::text::uuid AND generation = $4 A
 ON CONFLICT (pipeline, sink, log, generation, "partition")
 DO UPDATE SET next_offset = EXCLUDED.next_offset, openings = EXCLUDED.openings, letters = EXCLUDED.letters"#;
 
-/// Takes them from the old one, so that nobody goes on there.
+/// Removes positions from the old name, so that no process can continue there.
 const RETIRE: &str = "
 UPDATE headworks_positions SET next_offset = NULL, openings = NULL, epoch = epoch + 1, holder = $5, claimed_at = now()
 WHERE pipeline = $1 AND sink = $2 AND log = $3::text::uuid AND generation = $4";
 
-/// The name with its schema, however the search path was when it was claimed.
+/// Stores the table's name with its schema, independent of the search path at the time of the claim.
 const SET_TABLE: &str = "
 UPDATE headworks_positions SET table_name = name FROM (
     SELECT format('%I.%I', nspname, relname) AS name FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = relnamespace
@@ -97,8 +98,8 @@ WHERE pipeline = $1 AND sink = $2 AND log <> $3::text::uuid AND next_offset IS N
       WHERE c.oid = to_regclass($4)))
 GROUP BY log ORDER BY max(updated_at) DESC, log";
 
-/// Any number of partitions in one statement. The affected rows are as many as
-/// the advances, or somebody else was here.
+/// Advances any number of partitions in one statement. If the number of affected rows is not the number
+/// of advances, another process has changed them.
 const ADVANCE: &str = r#"
 UPDATE headworks_positions AS p
 SET next_offset = a.until, openings = coalesce(a.openings, p.openings), letters = coalesce(a.letters, p.letters),
@@ -118,7 +119,7 @@ const LOOK: &str = r#"
 SELECT "partition", next_offset FROM headworks_positions
 WHERE pipeline = $1 AND sink = $2 AND log = $3::text::uuid AND generation = $4"#;
 
-/// Positions of a name, also in a table of 0.1.0.
+/// Positions of a name, also from a table of 0.1.0.
 const POSITIONS: &str = r#"
 SELECT "partition", next_offset, to_jsonb(p) ->> 'openings' FROM headworks_positions AS p
 WHERE pipeline = $1 AND sink = $2 AND log = $3::text::uuid AND generation = $4 AND "partition" < $5
@@ -130,13 +131,13 @@ SELECT log::text, "partition", max(next_offset) FROM headworks_positions
 WHERE (pipeline, sink) IN (SELECT * FROM unnest($1::text[], $2::text[])) AND log = ANY ($3::text[]::uuid[])
   AND next_offset IS NOT NULL GROUP BY log, "partition""#;
 
-/// Positions of redrives' passes with some names, past an offset, that sent letters of a log.
+/// Positions of redrives' passes with some names, past an offset, that sent dead letters of a log.
 const PASSES_OF: &str = r#"
 SELECT log::text, "partition", next_offset, openings, letters FROM headworks_positions
 WHERE (pipeline, sink) IN (SELECT * FROM unnest($1::text[], $2::text[])) AND next_offset > $4
   AND left(letters, length($3)) = $3"#;
 
-/// A claim as the statements' parameters, and its epoch.
+/// A claim as parameters of the statements, with its epoch.
 pub struct Held {
     claim: Claim,
     log: String,
@@ -145,7 +146,7 @@ pub struct Held {
     advance: Statement,
 }
 
-/// Why there is no claim.
+/// Why a claim cannot be taken.
 pub enum Refusal {
     Server(Error),
     /// Another process has it, or it cannot be read.
@@ -158,7 +159,7 @@ impl From<Error> for Refusal {
     }
 }
 
-/// Returns what has to be added to the table of an earlier version, as SQL.
+/// Returns the SQL that upgrades the table of an earlier version; `None` if nothing is missing.
 pub async fn upgrade(client: &Client) -> Result<Option<String>, Error> {
     let names: Vec<&str> = ADDED.iter().map(|(name, _)| *name).collect();
     let missing: Vec<String> = client.query(MISSING, &[&names]).await?.iter().map(|row| row.get(0)).collect();
@@ -171,7 +172,8 @@ pub async fn upgrade(client: &Client) -> Result<Option<String>, Error> {
 }
 
 impl Held {
-    /// Within a transaction that holds [`LOCK`]. `table` is the quoted name of the sink's.
+    /// Takes a claim, within a transaction that holds [`LOCK`]. `table` is the quoted name of the sink's
+    /// table.
     pub async fn claim(
         client: &Client,
         claim: &Claim,
@@ -199,14 +201,14 @@ impl Held {
         Ok((Self { claim: claim.clone(), log, generation, epoch, advance }, positions))
     }
 
-    /// Writes down which table the claim fills. `table` is its quoted name.
+    /// Stores which table the claim fills. `table` is its quoted name.
     pub async fn set_table(&self, client: &Client, table: &str) -> Result<(), Error> {
         let Claim { pipeline, sink, .. } = &self.claim;
         client.execute(SET_TABLE, &[pipeline, sink, &self.log, &self.generation, &table]).await?;
         Ok(())
     }
 
-    /// Moves positions; how many were where `advance` says and are ours.
+    /// Advances positions. Returns how many were at the place in `advance` and belong to this process.
     pub async fn advance(&self, client: &Client, advance: &[Advance]) -> Result<u64, Error> {
         let partitions: Vec<i32> = advance.iter().map(|step| i32::from(step.partition.0)).collect();
         let from: Vec<i64> = advance.iter().map(|step| step.from.0 as i64).collect();
@@ -233,8 +235,8 @@ impl Held {
             .await
     }
 
-    /// Replaces what positions say of dead letters. `path`: the `search_path` of the sink's own
-    /// statements; triggers of the rows before may have set another.
+    /// Replaces the records of dead letters in positions. `path` is the `search_path` of the sink's own
+    /// statements, because triggers of earlier rows may have set another.
     pub async fn set_letters(
         &self,
         client: &Client,
@@ -250,7 +252,7 @@ impl Held {
         Ok(())
     }
 
-    /// Why positions were not ours to move.
+    /// Returns why positions could not be advanced.
     pub async fn refusal(&self, client: &Client, advance: &[Advance]) -> Result<SinkError, Error> {
         let claim = &self.claim;
         let highest = highest(client, claim).await?;
@@ -270,7 +272,7 @@ pub async fn others(client: &Client, claim: &Claim, table: &str) -> Result<Vec<N
     Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
 }
 
-/// Returns the other logs of which this claim filled this table. `table` is its quoted name.
+/// Returns the other logs from which this claim filled this table. `table` is its quoted name.
 pub async fn other_logs(client: &Client, claim: &Claim, table: &str) -> Result<Vec<OtherLog>, Error> {
     let log = claim.log.to_string();
     let rows = client.query(OTHER_LOGS, &[&claim.pipeline, &claim.sink, &log, &table]).await?;
@@ -279,7 +281,7 @@ pub async fn other_logs(client: &Client, claim: &Claim, table: &str) -> Result<V
     Ok(rows.iter().filter_map(other).collect())
 }
 
-/// Returns the positions that a claim would find, as [`Held::claim`] does, and takes nothing.
+/// Returns the positions that a claim would find, as [`Held::claim`] does, without taking it.
 pub async fn look(client: &Client, claim: &Claim) -> Result<Vec<Position>, Refusal> {
     let (log, generation) = (claim.log.to_string(), i64::from(claim.generation));
     for (pipeline, sink) in claim.names() {
@@ -293,7 +295,7 @@ pub async fn look(client: &Client, claim: &Claim) -> Result<Vec<Position>, Refus
     Ok(Vec::new())
 }
 
-/// Returns the positions, by log and partition, that claims of these names have in these logs.
+/// Returns the positions, by log and partition, of claims with these names in these logs.
 pub async fn positions_of(
     client: &Client,
     claims: &[Name],
@@ -310,7 +312,7 @@ pub async fn positions_of(
     Ok(rows.iter().filter_map(position).collect())
 }
 
-/// Returns the positions of redrives' passes with these names, past `above`, that sent letters of
+/// Returns the positions of redrives' passes with these names, past `above`, that sent dead letters of
 /// this log.
 pub async fn passes_of(
     client: &Client,
@@ -332,7 +334,7 @@ pub async fn passes_of(
     Ok(rows.iter().filter_map(told).collect())
 }
 
-/// Takes over the positions of the first name that the claim had and that has some.
+/// Takes over the positions of the first former name of the claim that has any.
 async fn rename(client: &Client, claim: &Claim, holder: &str) -> Result<(), Error> {
     let (log, generation) = (claim.log.to_string(), i64::from(claim.generation));
     let Claim { pipeline, sink, .. } = claim;
@@ -350,7 +352,7 @@ async fn rename(client: &Client, claim: &Claim, holder: &str) -> Result<(), Erro
     Ok(())
 }
 
-/// Whether a claim of this name has positions in the claim's log.
+/// Returns whether a claim of this name has positions in the claim's log.
 async fn has_positions(
     client: &Client,
     claim: &Claim,
@@ -360,7 +362,7 @@ async fn has_positions(
     Ok(client.query_one(HAS_POSITIONS, &[pipeline, sink, &log, &generation]).await?.get(0))
 }
 
-/// The highest epoch of a claim, and who has it.
+/// Returns the highest epoch of a claim, and its holder.
 async fn highest(client: &Client, claim: &Claim) -> Result<Option<Usurper>, Error> {
     let (log, generation) = (claim.log.to_string(), i64::from(claim.generation));
     let row = client.query_opt(HIGHEST, &[&claim.pipeline, &claim.sink, &log, &generation]).await?;

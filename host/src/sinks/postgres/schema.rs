@@ -6,7 +6,7 @@ use super::config::{Config, Hypertable};
 use crate::sinks::columns::{Columns, Kind};
 use crate::sinks::config::{missing_table, table_parts};
 
-/// `"iot"."telemetry"`
+/// Quotes a table's name: `"iot"."telemetry"`.
 pub fn quoted_table(table: &str) -> String {
     table_parts(table).iter().map(|part| quoted(part)).collect::<Vec<_>>().join(".")
 }
@@ -15,7 +15,7 @@ pub fn quoted(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }
 
-/// A table or view of this name but for upper and lower case, in the schemas that are searched.
+/// Returns a table or view in the searched schemas whose name differs only in case.
 pub async fn in_other_case(client: &Client, table: &str) -> Result<Option<String>, tokio_postgres::Error> {
     const SQL: &str = "
 SELECT relname::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
@@ -27,8 +27,9 @@ LIMIT 1";
     Ok(client.query_opt(SQL, &[&name, &schema]).await?.map(|row| row.get(0)))
 }
 
-/// Whether the table of this quoted name is there and has rows, or may have rows that this user does not see, or its
-/// rows are elsewhere; `false` only where it is certain that it has none. Within a transaction.
+/// Returns whether the table of this quoted name has rows. Also true if it may have rows that this user
+/// cannot see, or if its rows are elsewhere; false only if it certainly has none. Runs within a
+/// transaction.
 pub async fn has_rows(client: &Client, name: &str) -> Result<bool, tokio_postgres::Error> {
     const TABLE: &str = "
 SELECT oid, relkind IN ('r', 'p') AND has_table_privilege(oid, 'SELECT') AND NOT row_security_active(oid)
@@ -75,12 +76,13 @@ FROM parts JOIN pg_class c ON c.oid = parts.part JOIN pg_namespace n ON n.oid = 
     Ok(found)
 }
 
-/// Whether an error may be gone at the next try: of the connection, a lock, room, the server's end.
+/// Returns whether an error may be temporary: of the connection, a lock, space, or the server's
+/// shutdown.
 fn is_passing(code: &str) -> bool {
     ["08", "40", "53", "55", "57P", "58"].iter().any(|class| code.starts_with(class))
 }
 
-/// Why there is no table to write to.
+/// Returns why there is no table to write to.
 pub async fn no_table(
     client: &Client,
     table: &str,
@@ -95,7 +97,7 @@ pub async fn no_table(
     })
 }
 
-/// A string constant that is the same whatever `standard_conforming_strings` says.
+/// Quotes a string constant in a form that does not depend on `standard_conforming_strings`.
 pub fn literal(text: &str) -> String {
     let quoted = text.replace('\'', "''");
     match quoted.contains('\\') {
@@ -104,7 +106,7 @@ pub fn literal(text: &str) -> String {
     }
 }
 
-/// Table and index; or which column needs a type.
+/// Returns the SQL for table and index, or which column needs a type.
 pub fn create_table(config: &Config, columns: &Columns) -> Result<String, String> {
     let table = quoted_table(&config.table);
     let mut lines = Vec::new();
@@ -138,7 +140,7 @@ fn sql_type(kind: Kind) -> &'static str {
     }
 }
 
-/// For a table that was just created, where TimescaleDB is there.
+/// Returns the SQL that makes a newly created table a hypertable, if TimescaleDB is installed.
 pub fn hypertable(config: &Config, columns: &Columns) -> Option<String> {
     let time = columns.time()?;
     let table = literal(&quoted_table(&config.table));

@@ -1,6 +1,6 @@
-//! A private PostgreSQL server for tests: a fresh cluster in a temporary folder,
-//! on a free port, as the user `postgres` where the tests run as root. Stopped
-//! and removed when dropped. Only the standard library, so that any test can use it.
+//! A private PostgreSQL server for tests: a new cluster in a temporary folder, on a free port, run by
+//! the user `postgres` if the tests run as root. It is stopped and removed when dropped. It uses only
+//! the standard library, so that any test can use it.
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpListener;
@@ -19,18 +19,18 @@ pub struct Server {
 
 struct Running {
     process: Child,
-    /// Keeps what it says; ends with the last of its processes.
+    /// Thread that collects the server's log. It ends with the last of its processes.
     log: JoinHandle<()>,
 }
 
-/// Only a hung test meets it.
+/// Timeout that only a hung test reaches.
 const HUNG_AFTER: Duration = Duration::from_secs(120);
 
 const MISSING: &str = "these tests need a real PostgreSQL: install its server (`apt-get install postgresql`), \
      or set HEADWORKS_TEST_POSTGRES to the url of one that they may fill";
 
 impl Server {
-    /// `settings` are lines of postgresql.conf.
+    /// Starts a server. `settings` are lines of postgresql.conf.
     pub fn start(settings: &[&str]) -> Self {
         let bin = newest_bin().expect(MISSING);
         let dir = std::env::temp_dir().join(format!("headworks-pg-{}-{}", std::process::id(), free_port()));
@@ -54,7 +54,7 @@ impl Server {
         format!("postgres://postgres@127.0.0.1:{}/postgres", self.port)
     }
 
-    /// Writes a file that the server may read, below its folder.
+    /// Writes a file that the server can read, below its folder.
     pub fn write(&self, name: &str, text: &str) -> PathBuf {
         let path = self.dir.join(name);
         std::fs::write(&path, text).expect("the server's folder can be written");
@@ -69,7 +69,7 @@ impl Server {
         &self.dir
     }
 
-    /// Ends it as a crash does: no checkpoint, no goodbye.
+    /// Ends the server as a crash does, without a checkpoint or a clean shutdown.
     pub fn kill(&mut self) {
         let Some(Running { mut process, log }) = self.process.take() else { return };
         let pid_file = self.dir.join("data/postmaster.pid");
@@ -86,14 +86,14 @@ impl Server {
         let _ = std::fs::remove_file(pid_file);
     }
 
-    /// Shuts it down in one of the modes of pg_ctl.
+    /// Shuts the server down in one of the modes of pg_ctl.
     pub fn stop(&self, mode: &str) {
         run(as_postgres(&self.bin.join("pg_ctl"))
             .args(["stop", "-m", mode, "-D"])
             .arg(self.dir.join("data")));
     }
 
-    /// Starts it, again after `kill`, and waits until it is ready.
+    /// Starts the server, also after `kill`, and waits until it is ready.
     pub fn resume(&mut self) {
         let log = std::fs::OpenOptions::new().create(true).append(true).open(self.dir.join("log"));
         let mut file = log.expect("the log can be written");
@@ -126,7 +126,8 @@ impl Server {
         self.process = Some(Running { process, log });
     }
 
-    /// A PgBouncer before the server, with these lines in its configuration. Ends with what is returned.
+    /// Starts a PgBouncer in front of the server, with these lines in its configuration. It ends when
+    /// the result is dropped.
     pub fn pooler(&self, settings: &str) -> Pooler {
         const MISSING: &str = "these tests need PgBouncer: `apt-get install pgbouncer`";
         let path = std::env::var_os("PATH").unwrap_or_default();
@@ -187,7 +188,8 @@ impl Drop for Server {
     }
 }
 
-/// `/usr/lib/postgresql/15/bin` of the highest version, else where `initdb` is in the path.
+/// Returns `/usr/lib/postgresql/15/bin` of the highest version, otherwise the folder of `initdb` in the
+/// path.
 fn newest_bin() -> Option<PathBuf> {
     let mut versions: Vec<(u32, PathBuf)> = std::fs::read_dir("/usr/lib/postgresql")
         .into_iter()
@@ -207,7 +209,7 @@ fn is_root() -> bool {
     std::fs::metadata("/proc/self").is_ok_and(|data| std::os::unix::fs::MetadataExt::uid(&data) == 0)
 }
 
-/// PostgreSQL refuses to run as root.
+/// Returns a command that runs as the user `postgres`, because PostgreSQL refuses to run as root.
 fn as_postgres(program: &Path) -> Command {
     if !is_root() {
         return Command::new(program);

@@ -1,14 +1,13 @@
 //! The connection and the transaction.
 //!
-//! One batch is two round trips: `BEGIN`, the check that the server's process is the
-//! one that the statements were prepared in, the advance of the positions and the
-//! head of COPY go out together; then the rows, and right behind them the check
-//! that the table is still the one that was bound, and `COMMIT`. The positions
-//! move first, so that a fenced host learns it before it sends rows. Encoding
-//! and the server's work overlap, a chunk at a time.
+//! One batch takes two round trips. The first sends `BEGIN`, the check that the server process is the
+//! one in which the statements were prepared, the advance of the positions, and the head of COPY. The
+//! second sends the rows, and right after them the check that the table is still the bound one, and
+//! `COMMIT`. The positions advance first, so that a fenced host learns of it before it sends rows.
+//! Encoding and the server's work overlap, chunk by chunk.
 //!
-//! Where the server rejects a row, the batch goes through the staging table
-//! (`stage`), which isolates it, and the transaction waits for `finish`.
+//! If the server rejects a row, the batch goes through the staging table (`stage`), which isolates the
+//! row, and the transaction waits for `finish`.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -40,7 +39,7 @@ use crate::sinks::{
 use crate::telemetry::Failures;
 use crate::topic::Namespace;
 
-/// Over the server's own timeouts, for one that does not answer at all.
+/// Additional time beyond the server's own timeouts, for a server that does not answer at all.
 const GRACE: Duration = Duration::from_secs(10);
 
 pub struct PostgresSink {
@@ -54,7 +53,7 @@ pub struct PostgresSink {
     /// The last batch had rows that the server rejected: the next one is
     /// isolated at once, for its first try would be in vain.
     isolates: bool,
-    /// Commits in a row that failed outside of the database.
+    /// Number of consecutive commits that failed outside of the database.
     outside: u32,
     buffer: BytesMut,
 }
@@ -64,30 +63,32 @@ pub struct Session {
     pub client: Client,
     /// Ends with the session.
     pub connection: Connection,
-    /// The server's process: the same for all transactions, as is what it prepared.
+    /// The server process, which must be the same for all transactions, because statements were prepared
+    /// in it.
     pub backend: i32,
     pub blocked: Arc<Blocked>,
     pub held: Held,
-    /// To the table, or the staging table where all rows pass through that.
+    /// COPY to the table, or to the staging table if all rows go through it.
     pub copy: Statement,
     pub insert: Option<Statement>,
-    /// Counts the staged rows that later ones of the batch replace.
+    /// Counts the staged rows that later rows of the batch replace.
     pub replaced: Option<Statement>,
     pub check: Statement,
-    /// The table's quoted name, as the config has it.
+    /// The table's quoted name, as in the config.
     pub name: String,
-    /// The quoted name with its schema of the table that is bound.
+    /// The quoted name of the bound table, with its schema.
     pub table: String,
-    /// The `search_path` of the session, as it was when it was opened.
+    /// The `search_path` of the session at its start.
     pub path: String,
     pub columns: Columns,
     pub binding: Binding,
-    /// Made with the first rows that need it.
+    /// The staging table, created with the first rows that need it.
     pub stage: Option<Stage>,
-    /// Column, schema, table and constraint of errors that are about what a row holds.
+    /// Column, schema, table and constraint of errors that concern the contents of a row.
     pub of_rows: BTreeSet<[String; 4]>,
     pub on_conflict: OnConflict,
-    /// Commits in a row that failed outside of the database, those of earlier sessions among them.
+    /// Number of consecutive commits that failed outside of the database, including those of earlier
+    /// sessions.
     pub outside: u32,
     /// A transaction that waits for `finish`.
     pub uncommitted: Option<Written>,
@@ -119,7 +120,7 @@ impl PostgresSink {
         }
     }
 
-    /// Begins each reason; who shows the reason names the sink.
+    /// Returns the prefix of each reason. The caller that shows the reason names the sink.
     fn context(&self) -> String {
         self.config.url.target()
     }
@@ -130,7 +131,7 @@ impl PostgresSink {
         session.as_ref().is_some_and(|session| session.binding.staged)
     }
 
-    /// Lets the time pass after which the temporary tables are truncated.
+    /// Makes truncating the temporary tables due.
     #[cfg(test)]
     pub fn age_stage(&self) {
         let session = self.session.try_lock().expect("no call runs");
@@ -151,7 +152,7 @@ impl PostgresSink {
         })
     }
 
-    /// A transaction, or its end, within the deadline.
+    /// Runs a transaction, or its end, within the deadline.
     async fn within<T>(&self, call: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
         let limit = self.deadline();
         timeout(limit, call).await.unwrap_or_else(|_| {
@@ -159,7 +160,7 @@ impl PostgresSink {
         })
     }
 
-    /// No transaction takes longer, whatever the server does.
+    /// Returns the longest time of a transaction, whatever the server does.
     fn deadline(&self) -> Duration {
         self.config.statement_timeout.0 + self.config.lock_timeout.0 + GRACE
     }
@@ -269,7 +270,7 @@ impl PostgresSink {
         Ok((session, Opened { epoch, positions, found }))
     }
 
-    /// The staging table and its statements.
+    /// Returns the staging table and its statements.
     async fn stage(
         &self,
         client: &Client,
@@ -293,8 +294,8 @@ impl PostgresSink {
         classify(&format!("{}: {}", self.context(), stage::CANNOT), error)
     }
 
-    /// Within the transaction of `open`, under its lock. A table of positions that this process has
-    /// seen (`held`) is not created again, unless the sink's own table is empty.
+    /// Creates the table of positions, within the transaction of `open` and under its lock. A table that
+    /// this process has used (`held`) is not created again, unless the sink's own table is empty.
     async fn create_positions(
         &self,
         client: &Client,
@@ -323,7 +324,7 @@ impl PostgresSink {
         })
     }
 
-    /// As `create_positions`: creates the table where there is none.
+    /// Creates the table if it is missing, under the same conditions as `create_positions`.
     async fn create_table(&self, client: &Client) -> Result<(), Error> {
         let context = self.context();
         let server = |error: tokio_postgres::Error| classify(&context, &error);
