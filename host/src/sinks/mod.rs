@@ -1,11 +1,10 @@
-//! Sinks: batched writers with a position of their own.
+//! Sinks: writers that deliver rows in batches and keep a position of their own.
 //!
-//! A sink commits its rows and the position in the stream that they bring it
-//! to in one transaction, so that a message becomes a row exactly once.
-//! Every sink is the same set of files: `config` (what a user says), `sink`
-//! (the connection and the transaction), `tests`; `columns` turns messages into
-//! values for all of them, `conformance` holds all of them to their promises.
-//! `stream` is a stream of the host as a sink: it needs no `config`, since the streams have theirs.
+//! A sink commits its rows, together with the position in the stream up to which they bring it, in one
+//! transaction, so that a message becomes a row exactly once. Every sink has the same files: `config`
+//! (its configuration), `sink` (the connection and the transaction), `tests`. They share `columns`,
+//! which maps messages to values, and `conformance`, which tests their promises. `stream` is a stream of
+//! the host as a sink. It has no `config`, because streams have their own.
 
 use async_trait::async_trait;
 use uuid::Uuid;
@@ -37,7 +36,7 @@ pub use journaled::{Journal, Journaled, Put, Target, look_up};
 pub use password::Password;
 pub use state_positions::PREFIX as POSITIONS_PREFIX;
 
-/// Whose positions: one pipeline's deliveries to one sink, from one log.
+/// The key of positions: one pipeline's deliveries to one sink, from one log.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Claim {
     pub pipeline: String,
@@ -45,15 +44,16 @@ pub struct Claim {
     pub log: Uuid,
     pub generation: u32,
     pub partitions: u16,
-    /// Names that the claim had before: where it has no positions, it takes over those of the
-    /// first of these that has.
+    /// Former names of the claim. If it has no positions, it takes over those of the first of these
+    /// names that has any.
     pub formerly: Vec<Name>,
 }
 
 /// Pipeline and sink of a claim.
 pub type Name = (String, String);
 
-/// Ends the name under which redrives of a pipeline have positions. Names in a config have no slash.
+/// Suffix of the name under which redrives of a pipeline have positions. Names in a config contain no
+/// slash.
 const REDRIVE: &str = "/redrive";
 
 /// Returns the name under which redrives of a pipeline have positions.
@@ -65,64 +65,65 @@ fn is_redrive(pipeline: &str) -> bool {
     pipeline.ends_with(REDRIVE)
 }
 
-/// A position, with the log and the partition that it is in.
+/// A position with its log and partition.
 pub type LogPosition = (Uuid, Partition, Offset);
 
-/// Counts the processes that took a claim over.
+/// Number of processes that took a claim over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Epoch(pub u64);
 
-/// An open claim.
+/// Result of opening a claim.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Opened {
     pub epoch: Epoch,
-    /// Position of each partition that was ever advanced; empty when the claim is new to this sink.
+    /// Position of each partition that was ever advanced; empty if the claim is new to this sink.
     pub positions: Vec<Position>,
-    /// What the sink found where the claim has no positions.
+    /// What the sink found if the claim has no positions.
     pub found: Found,
 }
 
-/// What is there before a claim that is new to a sink.
+/// What exists before a claim that is new to a sink.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Found {
-    /// The table has rows, or it is not certain that it has none: the sink may not see them, or the
-    /// table puts them elsewhere.
+    /// Whether the table has rows, or may have rows that the sink cannot see or that the table stores
+    /// elsewhere.
     pub has_rows: bool,
     /// Other claims from the same log with positions in this table, by name.
     pub others: Vec<Name>,
-    /// Other logs of which claims of this name have positions in this table, the newest claim first.
+    /// Other logs from which claims of this name have positions in this table, the newest claim first.
     pub other_logs: Vec<OtherLog>,
 }
 
-/// A log of which a claim of the same name wrote rows: of another data folder, or of one that is gone.
+/// A log from which a claim of the same name wrote rows. It belongs to another data folder, or no longer
+/// exists.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OtherLog {
     pub log: Uuid,
-    /// When it was claimed last, as its database writes it; 0.1.0 did not note it.
+    /// Time of the last claim in the database's format. 0.1.0 did not record it.
     pub claimed_at: Option<String>,
 }
 
-/// Up to where a partition is done: `next` is the first offset that is not.
+/// Progress in a partition: all offsets below `next` are done.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Position {
     pub partition: Partition,
     pub next: Offset,
-    /// Tells which copy of the log the position is in.
+    /// Identifies the copy of the log to which the position belongs.
     pub lineage: Lineage,
 }
 
-/// Moves a partition's position, with the rows, if it is where we left it.
+/// Advances a partition's position with the rows, if it is where this process left it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Advance {
     pub partition: Partition,
-    /// Where this process believes the position is.
+    /// Where this process expects the position.
     pub from: Offset,
-    /// May lie before `from`.
+    /// New position, which may be lower than `from`.
     pub to: Offset,
-    /// `None`: stays as it is.
+    /// New lineage; `None` leaves it unchanged.
     pub lineage: Option<Lineage>,
-    /// What the pass of a redrive did with dead letters up to `to`, beginning with the UUID of the
-    /// dead letters' log. `None`: stays as it is.
+    /// What the pass of a redrive did with dead letters up to `to`, beginning with the UUID of the dead
+    /// letters' log. `None` leaves it unchanged.
     pub letters: Option<String>,
 }
 
@@ -131,7 +132,7 @@ pub struct Advance {
 pub struct PassPosition {
     pub pass: Uuid,
     pub position: Position,
-    /// What [`Advance::letters`] said last.
+    /// The last value of [`Advance::letters`].
     pub letters: String,
 }
 
@@ -139,7 +140,7 @@ pub struct PassPosition {
 #[derive(Clone, Debug, Default)]
 pub struct Rows {
     batches: Vec<Batch>,
-    /// (batch, entry)
+    /// Pairs of batch and entry.
     rows: Vec<(u32, u32)>,
 }
 
@@ -167,13 +168,13 @@ impl Rows {
         (0..self.len()).map(|i| self.get(i))
     }
 
-    /// Index of row `i` among the rows that were made of its message for this sink.
+    /// Returns the index of row `i` among the rows that were made of its message for this sink.
     pub fn index(&self, i: usize) -> u32 {
         let (batch, entry) = self.rows[i];
         self.batches[batch as usize].index_within_offset(entry as usize)
     }
 
-    /// Index of row `i` among the entries of its batch.
+    /// Returns the index of row `i` among the entries of its batch.
     pub fn entry(&self, i: usize) -> usize {
         self.rows[i].1 as usize
     }
@@ -185,8 +186,7 @@ impl Rows {
         }
     }
 
-    /// Returns whether all rows were made of one message. A position cannot lie
-    /// between such rows.
+    /// Returns whether all rows were made of one message. A position cannot lie between such rows.
     pub fn is_of_one_message(&self) -> bool {
         let of = |message: MessageRef<'_>| (message.entry.partition, message.offset());
         let mut all = self.iter().map(of);
@@ -194,7 +194,7 @@ impl Rows {
         all.all(|other| Some(other) == first)
     }
 
-    /// The same bytes, some of the rows.
+    /// Returns some of the rows, with the same bytes.
     pub fn select(&self, rows: impl IntoIterator<Item = usize>) -> Rows {
         Rows { batches: self.batches.clone(), rows: rows.into_iter().map(|i| self.rows[i]).collect() }
     }
@@ -203,64 +203,65 @@ impl Rows {
 /// A row that this sink can never write.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RefusedRow {
-    /// Index into the [`Rows`] of the call.
+    /// Index in the [`Rows`] of the call.
     pub row: usize,
-    /// For a person: `column "value": not a number: "hot"`.
+    /// Reason for people: `column "value": not a number: "hot"`.
     pub reason: String,
-    /// Error code of the database, where the database rejected the row.
+    /// Error code of the database, if the database rejected the row.
     pub code: Option<String>,
 }
 
-/// How many rows a commit wrote.
+/// Number of rows that a commit wrote.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Written {
     pub written: u64,
-    /// Rows that the table had already, or that one of its triggers left out.
+    /// Rows that were already in the table, or that one of its triggers left out.
     pub ignored: u64,
 }
 
-/// What [`Sink::commit`] did.
+/// Result of [`Sink::commit`].
 #[derive(Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// Rows and positions are committed.
     Committed(Written),
-    /// These rows can never be written. The transaction holds the others and
-    /// the positions: [`Sink::finish`] commits it.
+    /// These rows can never be written. The open transaction contains the other rows and the positions,
+    /// and [`Sink::finish`] commits it.
     Rejected(Vec<RefusedRow>),
 }
 
-/// Variants by what the pipeline does next. In every case nothing was written,
-/// except after `Unknown`.
+/// Errors, by what the pipeline does next. In every case nothing was written, except after `Unknown`.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The batch ran into a limit of time or memory: commit fewer rows at once.
+    /// The batch ran into a limit of time or memory. Fewer rows must be committed at once.
     #[error("{0}")]
     TooMuch(String),
-    /// None of the rows could be written, by an error that a trigger or an
-    /// extension also raises for a single bad row: back off, then try the rows
-    /// again; after some tries, the first row alone.
+    /// None of the rows could be written, because of an error that a trigger or an extension also raises
+    /// for a single bad row. The pipeline waits, then tries the rows again, and after some tries the
+    /// first row alone.
     #[error("{context}: {reason}")]
     Doubtful { context: String, reason: String },
-    /// Connection, locks, a changed table, anything that may pass: back off, `open` again.
+    /// A temporary error of the connection, locks, a changed table or the like. The pipeline waits and
+    /// calls `open` again.
     #[error("{0}")]
     Retry(String),
-    /// The connection went in COMMIT: `open` again and read the position.
+    /// The connection was lost during COMMIT. The pipeline calls `open` again and reads the position.
     #[error("{0}: whether the last commit took place is not known, and is read from the positions")]
     Unknown(String),
-    /// Another process claimed this position: stop delivering, say so.
+    /// Another process claimed this position. The sink stops delivering and reports it.
     #[error("{0}")]
     Fenced(String),
-    /// A person must act (no such table, permission denied): retried slowly, said loudly.
+    /// An operator must act (no such table, permission denied). The call is retried slowly and reported
+    /// prominently.
     #[error("{0}")]
     Setup(String),
-    /// A person must choose where the sink goes on, by a setting that counts from the next start:
-    /// retried slowly, said loudly.
+    /// An operator must choose where the sink continues, with a setting that applies from the next
+    /// start. The call is retried slowly and reported prominently.
     #[error("{0}")]
     Choose(String),
 }
 
 impl Error {
-    /// The same, with where it happened in front.
+    /// Returns the error with its context in front.
     fn within(self, context: &str) -> Self {
         match self {
             Self::Doubtful { reason, .. } => Self::Doubtful { context: context.to_owned(), reason },
@@ -268,7 +269,7 @@ impl Error {
         }
     }
 
-    /// The same, with what to do behind it.
+    /// Returns the error with advice appended.
     fn and(self, advice: &str) -> Self {
         self.map(|reason| format!("{reason}; {advice}"))
     }
@@ -286,34 +287,31 @@ impl Error {
     }
 }
 
-/// A batched writer.
+/// A writer that delivers rows in batches.
 ///
-/// The first `open` of a process claims the next epoch for the claim and returns
-/// the positions; a process that claimed an earlier epoch can neither commit nor
-/// open any more. `commit` writes the rows and moves the positions in one
-/// transaction, and refuses with [`Error::Fenced`] when the epoch or a position
-/// is not the one left behind.
+/// The first `open` of a process claims the next epoch of the claim and returns the positions. A process
+/// with an earlier epoch can then neither commit nor open. `commit` writes the rows and advances the
+/// positions in one transaction, and fails with [`Error::Fenced`] if the epoch or a position is not the
+/// one left behind.
 #[async_trait]
 pub trait Sink: Send {
-    /// Connects, creates what is missing, claims. The table of rows is created only for a claim
-    /// without positions. A new claim's first advance of a
-    /// partition sets its position whatever `from` says, so begin with an empty
-    /// commit of `from == to` for all partitions: from then on each has a position.
+    /// Connects, creates what is missing, and claims. The table of rows is created only for a claim
+    /// without positions. The first advance of a partition in a new claim sets its position whatever
+    /// `from` is. Begin therefore with an empty commit of `from == to` for all partitions, after which
+    /// each has a position.
     ///
-    /// `held` is the epoch that this process has of the claim. Without one the
-    /// claim is taken over from whoever has it, so only the start of a process
-    /// does without. With one it goes on, or is [`Error::Fenced`] where a higher
-    /// epoch was claimed meanwhile.
-    /// Call it again after `Retry`, `Unknown` and `Setup`; after `TooMuch` and
-    /// `Doubtful` the claim still stands.
+    /// `held` is the epoch of the claim that this process has. Without it, the claim is taken over from
+    /// its holder, so only the start of a process passes `None`. With it, the claim continues, or the
+    /// call fails with [`Error::Fenced`] if a higher epoch was claimed meanwhile. Call this again after
+    /// `Retry`, `Unknown` and `Setup`; after `TooMuch` and `Doubtful` the claim is still valid.
     async fn open(&mut self, claim: &Claim, held: Option<Epoch>) -> Result<Opened, Error>;
 
-    /// Returns the positions, by log and partition, that claims of these names have in these logs,
-    /// and takes none. To be called after `open` and before the next `commit`.
+    /// Returns the positions, by log and partition, of claims with these names in these logs, without
+    /// taking them. Called after `open` and before the next `commit`.
     async fn positions_of(&mut self, claims: &[Name], logs: &[Uuid]) -> Result<Vec<LogPosition>, Error>;
 
-    /// Returns the positions of redrives' passes with these names, past `above`, that sent dead
-    /// letters of this log, and takes none. To be called as [`Sink::positions_of`].
+    /// Returns the positions of redrives' passes with these names, past `above`, that sent dead letters
+    /// of this log, without taking them. Called as [`Sink::positions_of`] is.
     async fn passes_of(
         &mut self,
         claims: &[Name],
@@ -321,19 +319,18 @@ pub trait Sink: Send {
         above: Offset,
     ) -> Result<Vec<PassPosition>, Error>;
 
-    /// `rows` may be empty: then only positions move. `advance` names a
-    /// partition at most once; partitions that it does not name stay.
-    /// A row that cannot be written is isolated: the others are written without
-    /// it, in the same transaction, which waits for [`Sink::finish`] so that the
-    /// rejected are durable in dead letters before a position covers them.
-    /// Not safe to drop midway: `open` again before the next call.
+    /// Writes rows and advances positions. `rows` may be empty, to advance positions only. `advance`
+    /// names a partition at most once; other partitions stay. A row that cannot be written is isolated:
+    /// the others are written without it in the same transaction, which waits for [`Sink::finish`], so
+    /// that the rejected rows are durable as dead letters before a position covers them. Not cancel
+    /// safe: after a dropped call, `open` must be called before the next one.
     async fn commit(&mut self, rows: &Rows, advance: &[Advance]) -> Result<Outcome, Error>;
 
-    /// Replaces what positions say of dead letters, in the transaction that a `commit` which rejected
-    /// rows left open: what is rejected was not known when it began.
+    /// Replaces the records of dead letters in positions, in the transaction that a `commit` with
+    /// rejected rows left open, because the rejections were not known when it began.
     async fn set_letters(&mut self, letters: &[(Partition, String)]) -> Result<(), Error>;
 
-    /// Commits what a `commit` that rejected rows left open. Any other call
-    /// after that one, but for [`Sink::set_letters`], gives that transaction up.
+    /// Commits the transaction that a `commit` with rejected rows left open. Any other call after that
+    /// `commit`, except [`Sink::set_letters`], rolls it back.
     async fn finish(&mut self) -> Result<Written, Error>;
 }

@@ -1,17 +1,15 @@
-//! The staging table of a session, and what takes rows on from there.
+//! The staging table of a session, and the SQL that inserts its rows into the sink's table.
 //!
-//! Rows go through it where COPY cannot say what should happen (`on_conflict`,
-//! views, types without a binary form), and where the table rejected some:
-//! `headworks_isolate` inserts the staged rows group by group, each group in a
-//! subtransaction of its own. A sequence counts the rows that reach INSERT, so
-//! that an error says which row it came at: sequences are not rolled back. The
-//! group is inserted again without that row, which is rejected once the others
-//! get past its place. Where the count does not tell (an error at the last row of
-//! a group, as from a trigger AFTER INSERT, or twice at one place, as from a
-//! foreign table, which takes rows in batches; upserts, which insert fewer rows
-//! than are staged; rules, which insert more) the group is inserted row by row. The function returns
-//! the rows that cannot be inserted and the count of those that were, all within
-//! the caller's transaction and in one round trip.
+//! Rows go through the staging table if COPY cannot express what should happen (`on_conflict`, views,
+//! types without a binary form), and if the table rejected some of them. `headworks_isolate` inserts the
+//! staged rows group by group, each group in a subtransaction of its own. A sequence counts the rows
+//! that reach INSERT. Sequences are not rolled back, so an error tells at which row it occurred. The
+//! group is inserted again without that row, which is rejected once the others get past its place. In
+//! some cases the count does not identify the row: an error at the last row of a group, as from a
+//! trigger AFTER INSERT; two errors at one place, as from a foreign table, which receives rows in
+//! batches; upserts, which insert fewer rows than are staged; rules, which insert more. The group is
+//! then inserted row by row. The function returns the rows that cannot be inserted and the number of
+//! inserted ones, all within the caller's transaction and in one round trip.
 
 use tokio_postgres::Client;
 
@@ -22,27 +20,27 @@ use super::table::{Binding, Bound, Ignores, column_list};
 use crate::sinks::columns::{Column, Columns};
 use crate::sinks::config::OnConflict;
 
-/// Staged rows that are inserted together at most, and at least where many are bad.
+/// Most staged rows that are inserted together, and the fewest if many are bad.
 const GROUP_MAX: usize = 32;
 const GROUP_MIN: usize = 8;
 
-/// One row of `headworks_isolate`: the place of a row among the staged, from 0,
-/// and why it cannot be inserted; the last one has no place, and the count.
+/// Calls `headworks_isolate`. Each result row has the index of a staged row, from 0, and why it cannot
+/// be inserted. The last result row has no index, and the count.
 pub const ISOLATE: &str = "SELECT * FROM pg_temp.headworks_isolate()";
 
-/// Copies to the staging table, whose first column is the row's number.
+/// Copies rows to the staging table, whose first column is the row's number.
 pub const COPY: &str = "COPY headworks_stage FROM STDIN (FORMAT binary)";
 
-/// Truncates the temporary tables of [`create`]: the one of [`probe`] too, where there is one.
+/// Truncates the temporary tables of [`create`], including the one of [`probe`] if there is one.
 pub const TRUNCATE: &str = "TRUNCATE pg_temp.headworks_stage";
 pub const TRUNCATE_BOTH: &str = "TRUNCATE pg_temp.headworks_stage, pg_temp.headworks_probe";
 
-/// Begins the reason where the server does not let the staging table and its function be made.
+/// Prefix of the reason if the server does not permit creating the staging table and its function.
 pub const CANNOT: &str =
     "cannot make the temporary table and the PL/pgSQL function that isolate rejected rows";
 
-/// Why this user cannot make the staging table and its function, and the statement for each right that
-/// is missing.
+/// Returns why this user cannot create the staging table and its function, with the statement for each
+/// missing right.
 pub async fn lacks_right(client: &Client) -> Result<Vec<String>, tokio_postgres::Error> {
     const SQL: &str = "
 SELECT current_user::text, current_database()::text,
@@ -72,24 +70,25 @@ SELECT current_user::text, current_database()::text,
     Ok(lacks)
 }
 
-/// Makes what [`create`] makes, and takes it back, within a transaction: that it can be made is known
-/// before the first row is rejected. It does not stay, because the server cannot vacuum the temporary
-/// table of a session, which would hold back the age of the database's transactions for as long as the
-/// connection lasts.
+/// Creates what [`create`] creates, and rolls it back, within a transaction, to find out whether it can
+/// be created before the first row is rejected. It does not stay, because the server cannot vacuum the
+/// temporary table of a session, which would hold back the age of the database's transactions as long as
+/// the connection lasts.
 pub async fn attempt(client: &Client, create: &str) -> Result<(), tokio_postgres::Error> {
     let sql = format!("SAVEPOINT headworks_stage; {create}; ROLLBACK TO SAVEPOINT headworks_stage");
     client.batch_execute(&sql).await
 }
 
-/// Returns what makes the staging table and the function of this session. `table` is the quoted name of the
-/// sink's table, with its schema: SQL within the function is resolved anew in each transaction.
+/// Returns the SQL that creates the staging table and the function of this session. `table` is the
+/// quoted name of the sink's table with its schema, because SQL within the function is resolved again in
+/// each transaction.
 ///
-/// The deferred constraints of each subtransaction are checked at its end, after the triggers
-/// that its rows fire, as COMMIT would check them. `of_time` is the column of times that
-/// decides about a row's partition, where the table has none for the row.
+/// The deferred constraints of each subtransaction are checked at its end, after the triggers that its
+/// rows fire, as COMMIT would check them. `of_time` is the column of times that determines a row's
+/// partition, if the table has no partition for the row.
 ///
-/// A trigger may set `search_path` and what text is read by, which then hold for the rows after it: the
-/// first is put back to `path`, the others to what the sink's session has.
+/// A trigger may set `search_path` and the settings for parsing text, which then apply to later rows.
+/// `search_path` is reset to `path`, and the others to the values of the sink's session.
 pub fn create(
     table: &str,
     columns: &Columns,
@@ -247,10 +246,10 @@ $headworks$",
     )
 }
 
-/// Finds the column of times in the partition key of the table `of_table`, which is the one
-/// that a row fits no partition of, and whether that is the sink's table and fills the key by itself, as
-/// `created_at TIMESTAMPTZ DEFAULT now()`. A missing partition of a partition concerns the rows of that one
-/// alone. Columns within an expression are in `pg_depend` alone.
+/// Returns the SQL that finds the column of times in the partition key of the table `of_table`, which
+/// has no partition for a row, and whether that table is the sink's and fills the key by itself, as in
+/// `created_at TIMESTAMPTZ DEFAULT now()`. A missing partition of a partition concerns only the rows of
+/// that partition. Columns within an expression are only in `pg_depend`.
 fn partition_key(table: &str, columns: &Columns) -> String {
     let names = |of: &mut dyn Iterator<Item = &Column>| {
         let names: Vec<String> = of.map(|column| literal(&column.name)).collect();
@@ -275,19 +274,19 @@ fn partition_key(table: &str, columns: &Columns) -> String {
     )
 }
 
-/// Whether [`create`] makes a table for probes.
+/// Returns whether [`create`] makes a table for probes.
 pub fn has_probe(columns: &Columns, binding: &Binding) -> bool {
     !probe(columns, binding).0.is_empty()
 }
 
-/// Ends a probe that found nothing, and is caught at once: what a function of a default or a cast has written
-/// meanwhile is taken back with the probe.
+/// Ends a probe that found nothing. The exception is caught at once, and undoes what functions of
+/// defaults or casts have written meanwhile.
 const TAKE_BACK: &str = "RAISE EXCEPTION USING ERRCODE = 'HWPRB';";
 const TAKEN_BACK: &str = "HWPRB";
 
-/// A table of the columns whose values the server converts or measures, and of those that the table
-/// fills itself, and what finds out which of them rejects the row `staged[at]`: errors of class 22 (data
-/// exception) name none.
+/// Returns the SQL of a table with the columns whose values the server converts or measures, and those
+/// that the table fills itself, and the SQL that determines which of them rejects the row `staged[at]`:
+/// errors of class 22 (data exception) name none.
 fn probe(columns: &Columns, binding: &Binding) -> (String, String) {
     let (mut fields, mut probes) = (Vec::new(), String::new());
     for (i, (column, of)) in columns.columns.iter().zip(&binding.columns).enumerate() {
@@ -339,7 +338,7 @@ fn probe(columns: &Columns, binding: &Binding) -> (String, String) {
     (table, format!("IF left(code, 2) = '22' THEN\n                        {probes}END IF;"))
 }
 
-/// The staged value of a column as the table takes it.
+/// Returns the staged value of a column as the table takes it.
 fn value(binding: &Binding, i: usize) -> String {
     let of = &binding.columns[i];
     let staged = match of.stage_type.as_str() {
@@ -352,7 +351,7 @@ fn value(binding: &Binding, i: usize) -> String {
     }
 }
 
-/// Returns the INSERT that takes all staged rows on to the table of the quoted name `table`.
+/// Returns the INSERT of all staged rows into the table with the quoted name `table`.
 pub fn insert(table: &str, columns: &Columns, binding: &Binding, on_conflict: OnConflict) -> String {
     let from = match on_conflict {
         OnConflict::Upsert => "headworks_stage",
@@ -361,8 +360,8 @@ pub fn insert(table: &str, columns: &Columns, binding: &Binding, on_conflict: On
     insert_of(table, columns, binding, on_conflict, false, from)
 }
 
-/// Counts the rows of `from` that [`insert`] passes over with `on_conflict: upsert`, because a later one of
-/// the batch has their key.
+/// Returns the SQL that counts the rows of `from` that [`insert`] skips with `on_conflict: upsert`,
+/// because a later row of the batch has the same key.
 pub fn replaced(columns: &Columns, binding: &Binding, from: &str) -> String {
     let (key, nulls) = key(columns, binding);
     format!(
@@ -371,7 +370,7 @@ pub fn replaced(columns: &Columns, binding: &Binding, from: &str) -> String {
     )
 }
 
-/// The key of `on_conflict: upsert` as it is staged, and whether a part of it is null.
+/// Returns the staged key of `on_conflict: upsert`, and the condition that a part of it is null.
 fn key(columns: &Columns, binding: &Binding) -> (String, String) {
     let at = |name: &String| columns.columns.iter().position(|column| column.name == *name);
     let key: Vec<String> = binding.key.iter().filter_map(at).map(|i| value(binding, i)).collect();
@@ -379,8 +378,8 @@ fn key(columns: &Columns, binding: &Binding) -> (String, String) {
     (key.join(", "), nulls.join(" OR "))
 }
 
-/// Has the server plan the INSERT of a row without values: it answers as it would
-/// to the real one to names, types, rights and keys. Writes nothing.
+/// Returns SQL that lets the server plan the INSERT of a row without values. The server answers as it
+/// would to the real INSERT about names, types, rights and keys. Writes nothing.
 pub fn explain(table: &str, columns: &Columns, binding: &Binding, on_conflict: OnConflict) -> String {
     let field = |(i, of): (usize, &Bound)| format!("NULL::{} AS c{i}", of.stage_type);
     let fields: Vec<String> = binding.columns.iter().enumerate().map(field).collect();
@@ -388,8 +387,8 @@ pub fn explain(table: &str, columns: &Columns, binding: &Binding, on_conflict: O
     format!("EXPLAIN {}", insert_of(table, columns, binding, on_conflict, false, &row))
 }
 
-/// `counted`: by the sequence, each row just before it is inserted. Upserts are not, nor rows that
-/// rules take further, which would be counted again.
+/// Returns an INSERT. With `counted`, a sequence counts each row just before it is inserted. Upserts are
+/// not counted, and neither are rows that rules process further, which would be counted again.
 fn insert_of(
     table: &str,
     columns: &Columns,

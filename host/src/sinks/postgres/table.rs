@@ -1,4 +1,4 @@
-//! The table as the server has it, and how each column is written.
+//! The table in the server, and how each column is written.
 
 use tokio_postgres::{Client, Row};
 
@@ -7,66 +7,68 @@ use super::schema::quoted;
 use crate::sinks::columns::{Columns, Kind};
 use crate::sinks::config::OnConflict;
 
-/// What the server knows of a table.
+/// The server's description of a table.
 pub struct Table {
     columns: Vec<TableColumn>,
     keys: Vec<Key>,
     writing: Writing,
-    /// Equal as long as nothing changes that a binding relies on.
+    /// Equal as long as nothing changes on which a binding relies.
     pub fingerprint: String,
 }
 
-/// What the server says about how rows may be written.
+/// The server's description of how rows may be written.
 struct Writing {
-    /// COPY does not write as INSERT does: a view, row-level security that applies to
-    /// this user, a rule.
+    /// Whether COPY does not write as INSERT does: for a view, a rule, or row-level security that
+    /// applies to this user.
     insert_only: bool,
-    /// Has rules for INSERT or UPDATE, beside which ON CONFLICT is not taken.
+    /// Whether it has rules for INSERT or UPDATE, which exclude ON CONFLICT.
     has_rules: bool,
-    /// Triggers before the row is inserted may set any column from what it holds.
+    /// Whether triggers before the insert may set any column from the contents of the row.
     has_triggers: bool,
-    /// ON CONFLICT names no key: of a view and a foreign table the keys are not known here, and under row-level
-    /// security a named one asks for more rights.
+    /// Whether ON CONFLICT names no key: the keys of a view and a foreign table are not known here, and
+    /// under row-level security a named key requires more rights.
     takes_any_key: bool,
-    /// The database's encoding lacks characters, so text is staged as bytes: what cannot be
-    /// converted is then one row's error, and not that of COPY.
+    /// Whether the database's encoding lacks characters, so that text is staged as bytes: a character
+    /// that cannot be converted is then an error of one row, and not of COPY.
     text_as_bytes: bool,
-    /// The table or a partition of it is a foreign table.
+    /// Whether the table or a partition of it is a foreign table.
     is_foreign: bool,
-    /// The table or a partition of it is UNLOGGED.
+    /// Whether the table or a partition of it is UNLOGGED.
     is_unlogged: bool,
 }
 
 /// A unique key, or an exclusion constraint.
 struct Key {
     name: String,
-    /// Checked with each row, not at the end of a statement or transaction.
+    /// Whether it is checked with each row, not at the end of a statement or transaction.
     is_immediate: bool,
-    /// Those of its predicate are among them: they decide whether a row meets the key. An expression has no name.
+    /// Its columns, including those of its predicate, which decide whether the key applies to a row. An
+    /// expression has no name.
     columns: Vec<Option<String>>,
-    /// ON CONFLICT can name it by its columns.
+    /// Whether ON CONFLICT can name it by its columns.
     is_plain: bool,
 }
 
 struct TableColumn {
     name: String,
-    /// Type below all domains.
+    /// Type without domains.
     oid: u32,
     is_enum: bool,
     /// Name of `oid`.
     base_name: String,
-    /// As declared, without and with its modifier.
+    /// Declared type, without and with its modifier.
     cast_name: String,
     type_name: String,
     modifier: i32,
     not_null: bool,
     has_default: bool,
-    /// Expression of its default, where it has one, is not computed of other columns, and is of a type that
+    /// Expression of its default, if it has one that is not computed from other columns and whose type
     /// this user may use.
     default: Option<String>,
-    /// The table computes it of other columns.
+    /// Whether the table computes it from other columns.
     is_generated: bool,
-    /// GENERATED ALWAYS AS IDENTITY: COPY writes it, INSERT only where it says so.
+    /// Whether it is GENERATED ALWAYS AS IDENTITY: COPY writes it, but INSERT only with OVERRIDING
+    /// SYSTEM VALUE.
     is_always_identity: bool,
 }
 
@@ -78,9 +80,9 @@ pub struct Bound {
     pub stage_type: String,
     /// Type of its column in the table, with its modifier.
     pub type_name: String,
-    /// What the staged value is cast to, where assignment does not convert it.
+    /// Type to which the staged value is cast, if assignment does not convert it.
     pub cast: Option<String>,
-    /// The column is GENERATED ALWAYS AS IDENTITY.
+    /// Whether the column is GENERATED ALWAYS AS IDENTITY.
     pub is_always_identity: bool,
 }
 
@@ -88,36 +90,36 @@ pub struct Bound {
 #[derive(Clone, Debug)]
 pub struct Binding {
     pub columns: Vec<Bound>,
-    /// Rows must pass through the staging table.
+    /// Whether rows must go through the staging table.
     pub staged: bool,
-    /// Rules of the table may make more of a row than one.
+    /// Whether rules of the table may make several rows of one.
     pub has_rules: bool,
     /// Columns of the key of `on_conflict: upsert`.
     pub key: Vec<String>,
-    /// What a row is left out for that meets another one, with `on_conflict: ignore`.
+    /// Keys for which a row is ignored with `on_conflict: ignore`.
     pub ignores: Ignores,
     /// Columns that the table fills itself, by their defaults.
     pub defaults: Vec<DefaultColumn>,
     pub fingerprint: String,
 }
 
-/// The keys of a table at which a row may meet another for what it holds. At the others a row meets
-/// another where a default of the table gave both the same: it is not there already.
+/// The keys with which a row may conflict because of its own contents. A conflict with any other key
+/// means that a default of the table gave two rows the same value, and not that the row already exists.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Ignores {
-    /// None is of the row.
+    /// No key concerns the row's own contents.
     Nothing,
     /// The key of these columns.
     Key(Vec<String>),
-    /// All keys are of the row, or ON CONFLICT can name only one of several, or those that are of the row
-    /// are not known.
+    /// All keys concern the row's own contents; or ON CONFLICT can name only one of several; or it is
+    /// not known which keys do.
     AnyKey {
-        /// There are keys that the table fills itself.
+        /// Whether there are keys that the table fills itself.
         of_table: bool,
     },
 }
 
-/// A column that `columns` does not fill and that has a default.
+/// A column that has a default and that `columns` does not fill.
 #[derive(Clone, Debug)]
 pub struct DefaultColumn {
     pub name: String,
@@ -149,8 +151,8 @@ CROSS JOIN LATERAL (
 WHERE a.attrelid = to_regclass($1)::oid AND a.attnum > 0 AND NOT a.attisdropped
 ORDER BY a.attnum";
 
-/// Keys of the table, and those that a partition has for itself: rows meet them, but ON CONFLICT
-/// cannot name them.
+/// Keys of the table, and those that only a partition has. Rows can conflict with the latter, but ON
+/// CONFLICT cannot name them.
 const KEYS: &str = "
 WITH RECURSIVE tables AS (
     SELECT to_regclass($1)::oid AS oid, true AS is_root
@@ -175,7 +177,7 @@ WHERE (i.indisunique OR i.indisexclusion)
   AND (t.is_root OR NOT EXISTS (SELECT FROM pg_inherits h WHERE h.inhrelid = i.indexrelid))
 GROUP BY t.is_root, i.indexrelid ORDER BY t.is_root DESC, i.indisprimary DESC, i.indexrelid";
 
-/// Rules by their event: 2 is UPDATE, 3 INSERT. Triggers by the bits of theirs: BEFORE INSERT FOR EACH ROW.
+/// Rules by their event (2 is UPDATE, 3 INSERT), and triggers by their bits: BEFORE INSERT FOR EACH ROW.
 const WRITING: &str = "
 WITH RECURSIVE tables AS (
     SELECT to_regclass($1)::oid AS oid
@@ -198,8 +200,8 @@ FROM pg_class c CROSS JOIN LATERAL (
 ) AS rules (events)
 WHERE c.oid = to_regclass($1)::oid";
 
-/// One text for all that a binding relies on. A rename that puts another table
-/// in this one's place changes the oid.
+/// One text for everything on which a binding relies. If a rename puts another table in this one's
+/// place, the oid changes.
 const FINGERPRINT: &str = "
 SELECT concat_ws('|', c.oid, c.relkind, c.relrowsecurity, c.relforcerowsecurity,
     (SELECT string_agg(concat_ws(':', a.attnum, a.attname, a.atttypid, a.atttypmod, a.attnotnull, a.atthasdef,
@@ -217,16 +219,18 @@ SELECT concat_ws('|', c.oid, c.relkind, c.relrowsecurity, c.relforcerowsecurity,
     END)
 FROM pg_class c WHERE c.oid = to_regclass($1)::oid";
 
-/// Whether a constraint ($4), else NOT NULL of a column ($5), of a table ($2, $3) concerns every row of the sink's
-/// table ($1) alike: the sink's table itself has it, and it is about columns alone that this fills by itself and alike
-/// for every row, because they are not among $6. None of them is computed of others or drawn anew for each row, as
-/// `random()` is, and no trigger can set them from what the row holds.
+/// Returns whether a constraint ($4), or otherwise NOT NULL of a column ($5), of a table ($2, $3)
+/// affects every row of the sink's table ($1) alike. This is so if the sink's table itself has it, and
+/// it concerns only columns that the table fills by itself and with the same result for every row, which
+/// are not among $6. None of these may be computed from others or be different for each row, as
+/// `random()` is, and no trigger may set them from the contents of the row.
 ///
-/// What a partition has for itself concerns the rows of that partition; what it has from the sink's table is looked up
-/// there, as are defaults, for those of a partition do not count for rows that come through its parent. The columns
-/// that the predicate of an index names decide whether a row meets it, so they count as its key's. A sequence fills its
-/// column alike for every row where the constraint is a key, or where its number is all of the default:
-/// `nextval('s') % 5` fails a CHECK for one row and not for the next.
+/// A constraint that only a partition has affects the rows of that partition; one that it inherits from
+/// the sink's table is looked up there, and so are defaults, because those of a partition do not apply
+/// to rows that are inserted through its parent. The columns in the predicate of an index decide whether
+/// a row conflicts with it, so they count as part of its key. A sequence fills its column alike for
+/// every row if the constraint is a key, or if its number is the whole default: `nextval('s') % 5` may
+/// violate a CHECK for one row and not for the next.
 pub const FILLED_BY_TABLE: &str = "
 WITH RECURSIVE tables AS (
     SELECT to_regclass($1)::oid AS oid, true AS is_root
@@ -289,18 +293,18 @@ CROSS JOIN LATERAL (
               ELSE u.classid = 'pg_attrdef'::regclass AND u.objid = d.oid END) AS is_anew
 ) AS varies";
 
-/// Fails with a division by zero where the fingerprint ($2) is another one.
+/// Returns SQL that fails with a division by zero if the fingerprint ($2) has changed.
 pub fn check() -> String {
     format!("SELECT 1 / (CASE WHEN ({FINGERPRINT}) IS NOT DISTINCT FROM $2::text THEN 1 ELSE 0 END)")
 }
 
-/// Returns the schemas that names without one are looked up in.
+/// Returns the schemas in which names without a schema are looked up.
 pub async fn search_path(client: &Client) -> Result<String, tokio_postgres::Error> {
     Ok(client.query_one("SELECT current_setting('search_path')", &[]).await?.get(0))
 }
 
-/// Returns the quoted name with its schema of the table that `name` means now. It means the same table whatever
-/// `search_path` is, and whatever tables other schemas get.
+/// Returns the quoted name, with its schema, of the table that `name` denotes now. It denotes the same
+/// table independent of `search_path` and of new tables in other schemas.
 pub async fn qualified(client: &Client, name: &str) -> Result<String, tokio_postgres::Error> {
     const SQL: &str = "
 SELECT format('%I.%I', n.nspname, c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
@@ -309,14 +313,14 @@ WHERE c.oid = to_regclass($1)::oid";
     Ok(row.map_or_else(|| name.to_owned(), |row| row.get(0)))
 }
 
-/// `None` where there is no table of this quoted name.
+/// Returns the fingerprint; `None` if there is no table of this quoted name.
 pub async fn fingerprint(client: &Client, name: &str) -> Result<Option<String>, tokio_postgres::Error> {
     let row = client.query_opt(FINGERPRINT, &[&name]).await?;
     Ok(row.map(|row| row.get(0)))
 }
 
 impl Table {
-    /// Reads the table of this quoted name; `None` where there is none.
+    /// Reads the description of the table with this quoted name; `None` if there is none.
     pub async fn read(client: &Client, name: &str) -> Result<Option<Self>, tokio_postgres::Error> {
         let Some(fingerprint) = fingerprint(client, name).await? else { return Ok(None) };
         let columns = client.query(COLUMNS, &[&name]).await?;
@@ -358,7 +362,7 @@ impl Table {
         Ok(Some(Self { columns, keys, writing, fingerprint }))
     }
 
-    /// Returns what keeps rows of the table from being there exactly once.
+    /// Returns warnings about what prevents rows of the table from being there exactly once.
     pub fn warnings(&self, table: &str) -> Vec<String> {
         let mut warnings = Vec::new();
         if self.writing.is_foreign {
@@ -378,8 +382,7 @@ impl Table {
         warnings
     }
 
-    /// How each column is written. Takes over what the table knows better:
-    /// types and NOT NULL.
+    /// Returns how each column is written. The table's types and NOT NULL take precedence.
     pub fn bind(
         &self,
         table: &str,
@@ -462,7 +465,8 @@ impl Table {
         Ok(Binding { columns: bound, staged, has_rules, key, ignores, defaults, fingerprint })
     }
 
-    /// Whether each key has a column that the table numbers by itself, so that no row meets another.
+    /// Returns whether each key has a column that the table numbers by itself, so that no row conflicts
+    /// with another.
     pub fn numbers_keys(&self, is_filled: impl Fn(&String) -> bool) -> bool {
         let is_numbered = |known: &TableColumn| match &known.default {
             Some(default) => default.starts_with("nextval("),
@@ -475,8 +479,8 @@ impl Table {
         !self.keys.is_empty() && self.keys.iter().all(has_number)
     }
 
-    /// Which keys a row is left out for with `on_conflict: ignore`. `is_filled` says of a column's name whether
-    /// the sink fills it.
+    /// Returns the keys for which a row is ignored with `on_conflict: ignore`. `is_filled` tells whether
+    /// the sink fills a column.
     pub fn ignores(&self, is_filled: impl Fn(&String) -> bool) -> Ignores {
         let is_generated = |name: &String| self.columns.iter().any(|of| of.name == *name && of.is_generated);
         let is_of_row =
@@ -543,7 +547,7 @@ impl Target {
     }
 }
 
-/// `"time", "device_id", ..`
+/// Returns the quoted columns: `"time", "device_id", ..`
 pub fn column_list(columns: &Columns) -> String {
     columns.columns.iter().map(|column| quoted(&column.name)).collect::<Vec<_>>().join(", ")
 }

@@ -1,4 +1,4 @@
-//! TLS as PostgreSQL's `sslmode` says (documentation, 34.19, "SSL Support").
+//! TLS according to PostgreSQL's `sslmode` (documentation, 34.19, "SSL Support").
 
 use std::path::Path;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use super::config::{SslMode, Tls};
 use super::verify::{Trusted, Verifier};
 use crate::{files, trust};
 
-/// Reads the certificates now, so that a renewed one is used at the next connect.
+/// Reads the certificates now, so that a renewed certificate is used at the next connect.
 pub fn connector(mode: SslMode, tls: &Tls) -> Result<MakeRustlsConnect, String> {
     let provider = Arc::new(ring::default_provider());
     let trusted = match (mode, &tls.ca) {

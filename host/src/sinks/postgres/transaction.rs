@@ -19,29 +19,30 @@ use super::sink::Session;
 use super::table::{self, Table};
 use crate::sinks::{Advance, Error, OnConflict, Outcome, RefusedRow, Rows, Written};
 
-/// Commits in a row that fail outside of the database ([`Kind::Outside`]) before a row can be the cause.
+/// Number of consecutive commits that must fail outside of the database ([`Kind::Outside`]) before a row
+/// is considered as the cause.
 const OUTSIDE_TRIES: u32 = 3;
-/// Constraints that are remembered to be about what a row holds.
+/// Most constraints that are remembered as concerning the contents of a row.
 const OF_ROWS_MAX: usize = 1_000;
-/// Bytes that are encoded before they go to the server.
+/// Bytes that are encoded before they are sent to the server.
 const CHUNK_BYTES: usize = 64 << 10;
-/// A row that was received longer ago than this does not wait for its partition any more.
+/// Age beyond which a row no longer waits for its partition.
 const WAITS_MAX: Duration = Duration::from_secs(86_400);
-/// How far the time of a row may be from when it was received, for its partition to be one that
-/// should be there: further back it is what a device had stored, further ahead its clock is wrong.
+/// Most that the time of a row may differ from its time of receipt for its partition to be expected: an
+/// earlier time means that a device had stored the message, a later one that its clock is wrong.
 const BEHIND_MAX: Duration = Duration::from_secs(30 * 60);
 const AHEAD_MAX: Duration = Duration::from_secs(5 * 60);
 
-/// Begins a transaction whose statements each see the catalog as it is when they run, whatever
-/// `default_transaction_isolation` says. A snapshot that is older than the lock of the table would let the
-/// check of the table find it as it was before another session changed it. `default_transaction_read_only`
-/// stays as it is: providers set it where the disk is nearly full.
+/// Begins a transaction in which each statement sees the catalog as of its own start, whatever
+/// `default_transaction_isolation` is. With a snapshot older than the lock of the table, the check of
+/// the table would see it as it was before another session changed it. `default_transaction_read_only`
+/// is left as it is, because providers set it when the disk is nearly full.
 pub const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED";
 
-/// What one transaction came to.
+/// Result of one transaction.
 pub enum Tried {
     Done(Outcome),
-    /// The server rejected a row.
+    /// The server rejected a row, so the rows must be isolated.
     Isolate,
 }
 
@@ -49,9 +50,9 @@ pub enum Tried {
 enum Failure {
     /// The server or the connection failed before COMMIT was sent.
     Write(tokio_postgres::Error),
-    /// The server or the connection failed, and COMMIT was sent.
+    /// The server or the connection failed after COMMIT was sent.
     Commit(tokio_postgres::Error),
-    /// The table is not the one that was bound.
+    /// The table is not the bound one.
     Changed,
 }
 
@@ -60,12 +61,12 @@ struct Sent {
     /// Rows that could not be encoded.
     rejected: Vec<RefusedRow>,
     written: u64,
-    /// What `headworks_isolate` returned.
+    /// Result of `headworks_isolate`.
     isolated: Option<Vec<Row>>,
 }
 
 impl Session {
-    /// Within a deadline; see [`crate::sinks::Sink::commit`].
+    /// Commits within a deadline: see [`crate::sinks::Sink::commit`].
     pub async fn commit(
         &mut self,
         context: &str,
@@ -153,7 +154,7 @@ impl Session {
         Ok(Tried::Done(Outcome::Rejected(rejected)))
     }
 
-    /// Adds to the error of a call why the connection has ended, where it has.
+    /// Adds to an error why the connection has ended, if it has.
     pub async fn explain(&self, error: Error) -> Error {
         match self.client.is_closed() {
             true => self.connection.end().explain(error).await,
@@ -166,9 +167,9 @@ impl Session {
         begin(&self.client, Some(self)).await
     }
 
-    /// Checks that a transaction is in the server's process that the statements were prepared in, and that the
-    /// config's name still means the table that is bound: another one may have come in a schema that is
-    /// searched before.
+    /// Checks that the transaction runs in the server process in which the statements were prepared, and
+    /// that the configured name still denotes the bound table: a table may have been created in a schema
+    /// that is searched earlier.
     pub fn check_begun(&self, context: &str, begun: Begun) -> Result<(), Error> {
         let (own, backend) = (self.backend, begun.backend);
         if backend != own {
@@ -186,9 +187,8 @@ impl Session {
         Ok(())
     }
 
-    /// Rows, what takes them on from the staging table, the check of the table
-    /// and COMMIT: all sent before the first answer. No COMMIT where rows are
-    /// rejected, or may be.
+    /// Sends the rows, the insert from the staging table, the check of the table and COMMIT, all before
+    /// the first answer. COMMIT is not sent if rows are, or may be, rejected.
     async fn send(
         &self,
         copy: CopyInSink<Bytes>,
@@ -271,7 +271,7 @@ impl Session {
         Ok(Sent { rejected, written: inserted.unwrap_or(copied) + replaced, isolated })
     }
 
-    /// After a transaction that did not end well: what to do about it.
+    /// Decides what to do after a failed transaction.
     async fn failed(
         &mut self,
         context: &str,
@@ -318,7 +318,7 @@ impl Session {
         }
     }
 
-    /// Returns why no row is rejected that `headworks_isolate` returned.
+    /// Returns why no row is rejected of those that `headworks_isolate` returned.
     async fn why_all_wait(&mut self, isolated: &[Row]) -> Result<Option<Isolated>, tokio_postgres::Error> {
         if self.ignores_otherwise(isolated).await? {
             return Ok(Some(Isolated::Changed));
@@ -326,9 +326,10 @@ impl Session {
         Ok(self.of_the_table(isolated).await?.map(Isolated::Setup))
     }
 
-    /// Whether `on_conflict: ignore` goes by other keys by now than the binding does. Asked where a row met a key,
-    /// and for errors that may be of ON CONFLICT itself: what partitions have of keys and triggers is not in the
-    /// fingerprint, because there may be thousands of them, and each transaction compares it.
+    /// Returns whether `on_conflict: ignore` now uses other keys than the binding. This is checked if a
+    /// row conflicted with a key, and for errors that may come from ON CONFLICT itself. Keys and
+    /// triggers of partitions are not in the fingerprint, because there may be thousands of them, and
+    /// each transaction compares it.
     async fn ignores_otherwise(&self, isolated: &[Row]) -> Result<bool, tokio_postgres::Error> {
         let may_be_by_key = |row: &Row| match row.get::<_, Option<&str>>(2) {
             Some("23505" | "23P01") => true,
@@ -343,8 +344,8 @@ impl Session {
         Ok(table.is_none_or(|table| table.ignores(is_filled) != self.binding.ignores))
     }
 
-    /// Returns why all rows wait, where a row was rejected for a column that the table fills itself, by a
-    /// constraint on such columns alone: no row would do better.
+    /// Returns why all rows must wait, if a row was rejected by a constraint on columns that only the
+    /// table fills: no other row would succeed.
     async fn of_the_table(&mut self, isolated: &[Row]) -> Result<Option<String>, tokio_postgres::Error> {
         let filled: Vec<&str> = self.columns.columns.iter().map(|column| column.name.as_str()).collect();
         for row in isolated {
@@ -369,7 +370,7 @@ impl Session {
         Ok(None)
     }
 
-    /// Rejected rows, and how many were written, of what `headworks_isolate` returned.
+    /// Returns the rejected rows and the number of written ones from the result of `headworks_isolate`.
     fn isolated(
         &mut self,
         rows: &Rows,
@@ -440,7 +441,7 @@ impl Session {
         Ok((rejected, written))
     }
 
-    /// What a row has in a column of times, in microseconds since 1970.
+    /// Returns the value of a row in a column of times, in microseconds since 1970.
     fn time_of(&self, rows: &Rows, row: usize, column: usize) -> i64 {
         let message = rows.get(row);
         let mut time = None;
@@ -454,7 +455,7 @@ impl Session {
         time.filter(|_| read.is_ok()).or(message.event_us()).unwrap_or(message.entry.received_us as i64)
     }
 
-    /// Ends a transaction in which a position was not ours to move.
+    /// Ends a transaction in which a position could not be advanced.
     async fn fenced(&self, context: &str, advance: &[Advance]) -> Error {
         let refusal = async {
             self.client.batch_execute("ROLLBACK").await?;
@@ -470,28 +471,28 @@ impl Session {
     }
 }
 
-/// What to do where a default of the table fails.
+/// What to do if a default of the table fails.
 const MEND_DEFAULT: &str =
     "the table fills this by itself, alike for every row: mend the default, or its sequence";
 
-/// Why a row that `headworks_isolate` returned cannot be inserted.
+/// Returns why a row that `headworks_isolate` returned cannot be inserted.
 fn reason(row: &Row) -> String {
     let text = |i: usize| row.get::<_, Option<&str>>(i).filter(|text| !text.is_empty());
     let (code, message) = (text(2).unwrap_or_default(), text(3).unwrap_or_default());
     error::describe_parts(message, code, text(6), [text(4), text(5), text(8)])
 }
 
-/// What the beginning of a transaction tells.
+/// Result of beginning a transaction.
 pub struct Begun {
-    /// The server's process.
+    /// The server process.
     pub backend: i32,
-    /// The config's name means the table of the session.
+    /// Whether the configured name denotes the table of the session.
     pub means_table: bool,
 }
 
-/// Begins a transaction. Without a prepared statement: their names may mean another client's. Of a `session`
-/// it sets the `search_path` of the sink's own statements, which triggers of earlier transactions may have
-/// set to another, as they may have what text is read by.
+/// Begins a transaction without a prepared statement, whose name might denote another client's. With a
+/// `session`, sets the `search_path` of the sink's own statements and the settings for parsing text,
+/// because triggers of earlier transactions may have changed them.
 pub async fn begin(client: &Client, session: Option<&Session>) -> Result<Begun, tokio_postgres::Error> {
     let mut sql = format!("{BEGIN}; SELECT pg_backend_pid(); SELECT {}", text_forms());
     if let Some(Session { path, name, table, .. }) = session {
@@ -516,7 +517,7 @@ enum Isolated {
     Setup(String),
     Doubtful(String),
     Retry(String),
-    /// The table is not the one that was bound.
+    /// The table is not the bound one.
     Changed,
 }
 
@@ -533,7 +534,7 @@ impl Isolated {
     }
 }
 
-/// Whether a row of this time, for which the table has no partition, should have one.
+/// Returns whether the table should have a partition for a row of this time, which has none.
 fn is_of_now(received_us: u64, time: i64) -> bool {
     let us = |period: Duration| period.as_micros() as i64;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, us);
@@ -542,8 +543,8 @@ fn is_of_now(received_us: u64, time: i64) -> bool {
     around.contains(&time) && now.abs_diff(received) < us(WAITS_MAX).unsigned_abs()
 }
 
-/// COMMIT was sent. An answer from the server says that it did not happen
-/// (deferred constraints); no answer says nothing.
+/// Returns the error after COMMIT was sent. An answer of the server means that it did not commit
+/// (deferred constraints); without an answer the result is unknown.
 pub fn unknown(context: &str, error: &tokio_postgres::Error) -> Error {
     match error.as_db_error() {
         Some(db) if !is_end(db.code().code()) => classify(context, error),

@@ -1,7 +1,7 @@
-//! Verifies the server's certificate as webpki does, and beside that as OpenSSL does for libpq
-//! where this is as safe: one that `tls.ca` lists itself, one of version 1 that a CA of `tls.ca`
-//! has signed (PostgreSQL's documentation, 19.9.5, makes both), and one that names its host in
-//! the common name alone (34.19.1).
+//! Verification of the server's certificate with webpki, which in addition accepts what OpenSSL accepts
+//! for libpq, if that is equally safe: a certificate that `tls.ca` lists itself, one of version 1 that a
+//! CA in `tls.ca` has signed (PostgreSQL's documentation, 19.9.5, creates both), and one that names its
+//! host only in the common name (34.19.1).
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -26,17 +26,17 @@ const COMMON_NAME: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.5.4.3");
 #[derive(Debug)]
 pub struct Verifier {
     pub algorithms: WebPkiSupportedAlgorithms,
-    /// `None`: any certificate will do.
+    /// `None` accepts any certificate.
     pub trusted: Option<Trusted>,
 }
 
 #[derive(Debug)]
 pub struct Trusted {
     pub chain: Arc<WebPkiServerVerifier>,
-    /// The certificates of `tls.ca`; none where the system's CAs are trusted, which sign
-    /// nothing that webpki does not take.
+    /// The certificates in `tls.ca`. Empty if the system's CAs are trusted, which sign nothing that
+    /// webpki does not accept.
     pub listed: Vec<CertificateDer<'static>>,
-    /// The certificate must name the host.
+    /// Whether the certificate must name the host.
     pub names_host: bool,
 }
 
@@ -72,8 +72,8 @@ impl Trusted {
         }
     }
 
-    /// Whether a listed CA has signed a certificate of version 1, which webpki does not read. It
-    /// has no extensions that would have to be held.
+    /// Returns whether a listed CA has signed a version 1 certificate, which webpki does not read. It
+    /// has no extensions that would have to be checked.
     fn verify_signature(
         &self,
         certificate: &Certificate,
@@ -99,7 +99,7 @@ impl Trusted {
         Err(CertificateError::UnknownIssuer.into())
     }
 
-    /// Whether the common name is the host's, where no alternative name says which it is. Not of
+    /// Returns whether the common name is the host's, if no alternative name is present. Not used with
     /// the system's CAs, which always write alternative names.
     fn common_name_fits(&self, certificate: &Certificate, host: &ServerName<'_>) -> bool {
         let certificate = &certificate.tbs_certificate;
@@ -115,7 +115,7 @@ impl Trusted {
     }
 }
 
-/// Whether a common name, which may begin with `*.` for one label, is the host's.
+/// Returns whether a common name, which may begin with `*.` for one label, is the host's.
 fn fits(common: &str, host: &ServerName<'_>) -> bool {
     match host {
         ServerName::DnsName(host) => {
@@ -129,7 +129,8 @@ fn fits(common: &str, host: &ServerName<'_>) -> bool {
     }
 }
 
-/// A CA; of version 1, which does not say so, one that has signed itself.
+/// Returns whether a certificate is a CA. Version 1 does not say so; there, a self-signed certificate
+/// counts as one.
 fn signs_certificates(authority: &Certificate) -> bool {
     let authority = &authority.tbs_certificate;
     if authority.version == Version::V1 {
@@ -157,7 +158,7 @@ fn public_key(certificate: &Certificate) -> Result<SubjectPublicKeyInfoDer<'stat
     Ok(key.map_err(|_| CertificateError::BadEncoding)?.into())
 }
 
-/// The key of a certificate of version 1.
+/// Returns the key of a version 1 certificate.
 fn key_of_version_1(own: &CertificateDer<'_>) -> Option<SubjectPublicKeyInfoDer<'static>> {
     let certificate = Certificate::from_der(own).ok()?;
     (certificate.tbs_certificate.version == Version::V1).then(|| public_key(&certificate).ok())?

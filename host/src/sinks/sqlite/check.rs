@@ -1,5 +1,5 @@
-//! `validate --connect`: what the sink would meet. The file is opened for
-//! reading alone, and nothing is made beside it.
+//! `validate --connect`: checks what the sink would find. The file is opened read-only, and no file is
+//! created beside it.
 
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
@@ -87,7 +87,8 @@ fn look(config: &Config, columns: &Columns, claims: Vec<Claim>, checked: &mut Ch
     Ok(())
 }
 
-/// Whether the sink could make its files: the database and what SQLite writes beside it.
+/// Returns whether the sink could create its files: the database and those that SQLite creates beside
+/// it.
 fn folder(path: &Path) -> Result<(), String> {
     let path = std::path::absolute(path).map_err(|error| format!("{}: {error}", path.display()))?;
     let wanted = path.parent().unwrap_or(&path);
@@ -101,7 +102,7 @@ fn folder(path: &Path) -> Result<(), String> {
     })
 }
 
-/// Without a WAL the file is all there is: SQLite then makes no files beside it.
+/// Opens the database. If there is no WAL, SQLite creates no files beside it.
 fn open(path: &Path) -> rusqlite::Result<Connection> {
     let wal = PathBuf::from(format!("{}-wal", path.display()));
     let is_whole = std::fs::metadata(wal).map_or(true, |data| data.len() == 0);

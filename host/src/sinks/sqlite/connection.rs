@@ -1,4 +1,4 @@
-//! The file, its table, and the transaction. Blocks: runs on the sink's thread.
+//! The file, its table, and the transaction. Its calls block, so they run on the sink's thread.
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
@@ -18,13 +18,14 @@ use crate::sinks::{
     Advance, Claim, Epoch, Error, LogPosition, Name, Opened, Outcome, PassPosition, RefusedRow, Rows, Written,
 };
 
-/// Parameters of one INSERT of several rows: enough to share the cost of a
-/// statement, far below SQLite's own bound of 32,766.
+/// Parameters of one INSERT of several rows: enough to share the cost of a statement, and far below
+/// SQLite's limit of 32,766.
 const PARAMETERS: usize = 160;
-/// The `-wal` file shrinks to this once its rows are in the database file and no reader needs it.
+/// Size to which the `-wal` file is reduced once its rows are in the database file and no reader needs
+/// it.
 const WAL_BYTES_KEPT: u64 = 8 << 20;
-/// From this size of the `-wal` file on it is said that a reader holds it: far over a checkpoint's
-/// 1,000 pages and a batch.
+/// Size of the `-wal` file from which on a reader that holds it is reported: far above the 1,000 pages
+/// of a checkpoint and a batch.
 const WAL_BYTES_SAID: u64 = 256 << 20;
 
 /// An open file with a claim.
@@ -34,17 +35,17 @@ pub struct Session {
     columns: Columns,
     /// Affinity of each column.
     affinities: Vec<Affinity>,
-    /// Rows of the long INSERT.
+    /// Number of rows of the INSERT with several rows.
     many: usize,
     insert_many: String,
     insert_one: String,
     path: PathBuf,
     files: Files,
-    /// Another one means that somebody changed the schema.
+    /// Schema version. If it changes, another program changed the schema.
     schema_version: i64,
     /// A transaction that waits for `finish`.
     uncommitted: Option<Written>,
-    /// Where rows lie until a checkpoint.
+    /// File that holds rows until a checkpoint.
     wal: PathBuf,
 }
 
@@ -142,7 +143,7 @@ impl Session {
         Ok((session, opened))
     }
 
-    /// The files that hold the rows.
+    /// Returns the files that hold the rows.
     pub fn files(&self) -> Files {
         self.files
     }
@@ -209,7 +210,7 @@ impl Session {
         positions::passes_of(&self.connection, claims, log, above).map_err(|error| classify(context, error))
     }
 
-    /// Replaces what positions say of dead letters, in the transaction that waits for its end.
+    /// Replaces the records of dead letters in positions, in the transaction that waits for its end.
     pub fn set_letters(&mut self, context: &str, letters: &[(Partition, String)]) -> Result<(), Error> {
         for (partition, letters) in letters {
             let set = self.held.set_letters(&self.connection, *partition, letters);
@@ -218,7 +219,7 @@ impl Session {
         Ok(())
     }
 
-    /// Commits what a commit that rejected rows left open.
+    /// Commits the transaction that a commit with rejected rows left open.
     pub fn finish(&mut self, context: &str) -> Result<Written, Error> {
         let written = self
             .uncommitted
@@ -228,8 +229,8 @@ impl Session {
         Ok(written)
     }
 
-    /// Begins a transaction and writes all rows but those in `rejected`, to
-    /// which it adds those that cannot be written.
+    /// Begins a transaction and writes all rows except those in `rejected`, to which it adds rows that
+    /// cannot be written.
     fn write(
         &self,
         context: &str,
@@ -344,13 +345,13 @@ impl Session {
         Ok(Inserted::Rejected(rejected))
     }
 
-    /// Takes back what was inserted since the savepoint.
+    /// Rolls back to the savepoint.
     fn take_back(&self) -> rusqlite::Result<()> {
         self.connection.execute_batch("ROLLBACK TO headworks_rows; RELEASE headworks_rows")
     }
 
-    /// Bytes of the `-wal` file, where they are so many that a reader must be holding it: SQLite
-    /// begins it anew as soon as nobody reads an older state of the file.
+    /// Returns the size of the `-wal` file, if it is so large that a reader must be holding it: SQLite
+    /// starts it again as soon as no reader uses an older state of the file.
     pub fn wal_held(&self) -> Option<u64> {
         let size = std::fs::metadata(&self.wal).ok()?.len();
         (size >= WAL_BYTES_SAID).then_some(size)
@@ -371,7 +372,7 @@ impl Session {
         self.check_files().map_err(|reason| Error::Unknown(format!("{context}: {reason}")))
     }
 
-    /// Whether what is committed is under the path of the file.
+    /// Checks that the committed data is at the path of the file.
     fn check_files(&self) -> Result<(), &'static str> {
         match Files::of(&self.path, &self.wal) {
             Some(files) if files == self.files => Ok(()),
@@ -391,15 +392,16 @@ impl Session {
     }
 }
 
-/// When deferred foreign keys are looked at.
+/// When deferred foreign keys are checked.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Check {
     AtCommit,
-    /// After each INSERT, of which then all or none is kept: what commits alone is written.
+    /// After each INSERT, of which all rows or none are kept: rows that can be committed alone are
+    /// written.
     EachInsert,
 }
 
-/// Whether a foreign key has no parent row yet, so that COMMIT would fail.
+/// Returns whether a foreign key has no parent row yet, so that COMMIT would fail.
 fn foreign_keys_unresolved(connection: &Connection) -> rusqlite::Result<bool> {
     let (mut current, mut highest) = (0, 0);
     // SAFETY: the handle is that of an open connection, which is borrowed here and used by this
@@ -420,7 +422,7 @@ fn foreign_keys_unresolved(connection: &Connection) -> rusqlite::Result<bool> {
     }
 }
 
-/// A row that cannot be written. `doubtful`: the error may also come for all rows.
+/// A row that cannot be written. `doubtful` means that the error may affect all rows.
 struct Rejected {
     row: RefusedRow,
     doubtful: bool,
@@ -436,29 +438,29 @@ enum Wrote {
 
 enum Inserted {
     Rows(u64),
-    /// The first bad one, if they were several.
+    /// The first bad row, if there were several.
     Rejected(Rejected),
     RolledBack(Rejected),
 }
 
-/// Rises with each change of the schema.
+/// Returns the schema version, which rises with each change of the schema.
 fn schema_version(connection: &Connection) -> rusqlite::Result<i64> {
     connection.prepare_cached("PRAGMA schema_version")?.query_row([], |row| row.get(0))
 }
 
-/// The `-wal` file of a database: SQLite has it beside the file that a link leads to.
+/// Returns the `-wal` file of a database. SQLite puts it beside the file to which a link leads.
 fn wal_of(path: &Path) -> PathBuf {
     let mut name = path.canonicalize().unwrap_or_else(|_| path.to_owned()).into_os_string();
     name.push("-wal");
     name.into()
 }
 
-/// The files that hold a database's rows. Others mean that somebody moved, removed or replaced them; SQLite
-/// goes on with the open ones wherever they are.
+/// The files that hold a database's rows. If they change, the database was moved, removed or replaced;
+/// SQLite continues with the open files wherever they are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Files {
     file: Identity,
-    /// `None`: there is none.
+    /// `None` if there is no `-wal` file.
     wal: Option<Identity>,
 }
 
@@ -466,7 +468,7 @@ pub struct Files {
 type Identity = (u64, u64);
 
 impl Files {
-    /// `None`: there is no database.
+    /// Returns the files; `None` if there is no database.
     fn of(path: &Path, wal: &Path) -> Option<Self> {
         Some(Self { file: identity(path)?, wal: identity(wal) })
     }
@@ -477,7 +479,7 @@ fn identity(path: &Path) -> Option<Identity> {
     Some((data.dev(), data.ino()))
 }
 
-/// Whether the path that was opened is that of another file now, or of none.
+/// Returns whether the path that was opened leads to another file now, or to none.
 fn has_moved(connection: &Connection) -> bool {
     let mut has_moved = 0_i32;
     // SAFETY: the handle is that of an open connection, which is borrowed here and used by this
@@ -495,7 +497,7 @@ fn has_moved(connection: &Connection) -> bool {
     code != ffi::SQLITE_OK || has_moved != 0
 }
 
-/// What to say where there is no file any more.
+/// Returns the message that the file is gone.
 fn gone(wal: &Path) -> String {
     format!(
         "the file is gone: it was moved or removed while the host runs, and nothing is written. Put it back, \
@@ -505,7 +507,7 @@ fn gone(wal: &Path) -> String {
     )
 }
 
-/// What to say where SQLite would read rows of the file before into the one that is there.
+/// Returns the message that SQLite would read rows of the previous file into the present one.
 fn mixed(wal: &Path) -> String {
     let wal = wal.display();
     format!(

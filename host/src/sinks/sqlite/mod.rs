@@ -1,8 +1,8 @@
-//! Rows into a SQLite file: the embedded default, no server needed.
+//! Writes rows to a SQLite file. This is the embedded default, which needs no server.
 //!
-//! A thread of its own holds the connection. Every commit is durable (WAL,
-//! `synchronous = FULL`). Times are text such as `2026-02-23 10:00:00.123456Z`:
-//! they sort, and SQLite's `datetime('now', '-5 minutes')` compares with them.
+//! A separate thread holds the connection. Every commit is durable (WAL, `synchronous = FULL`). Times
+//! are text such as `2026-02-23 10:00:00.123456Z`, which can be sorted, and compared with SQLite's
+//! `datetime('now', '-5 minutes')`.
 
 mod check;
 mod config;

@@ -1,5 +1,5 @@
-//! The table of positions in the sink's own file: claimed at `open`, moved in
-//! the transaction of the rows.
+//! The table of positions in the sink's own file. Positions are claimed at `open` and advanced in the
+//! transaction of the rows.
 
 use rusqlite::{Connection, OptionalExtension, Result, params};
 use uuid::Uuid;
@@ -63,7 +63,7 @@ WHERE pipeline = ?1 AND sink = ?2 AND log = ?3 AND generation = ?4 AND "partitio
 const HAS_POSITIONS: &str = "SELECT EXISTS (SELECT 1 FROM headworks_positions
     WHERE pipeline = ?1 AND sink = ?2 AND log = ?3 AND generation = ?4 AND next_offset IS NOT NULL)";
 
-/// Copies positions to a new name; the epoch is the claim's business.
+/// Copies positions to a new name. The epoch belongs to the claim.
 const RENAME: &str = r#"
 INSERT INTO headworks_positions
     (pipeline, sink, log, generation, "partition", epoch, next_offset, openings, letters, holder, updated_at)
@@ -73,7 +73,7 @@ WHERE pipeline = ?5 AND sink = ?6 AND log = ?3 AND generation = ?4 AND next_offs
 ON CONFLICT (pipeline, sink, log, generation, "partition")
 DO UPDATE SET next_offset = excluded.next_offset, openings = excluded.openings, letters = excluded.letters"#;
 
-/// Takes them from the old one, so that nobody goes on there.
+/// Removes positions from the old name, so that no process can continue there.
 const RETIRE: &str = "
 UPDATE headworks_positions SET next_offset = NULL, openings = NULL, epoch = epoch + 1, holder = ?5,
     claimed_at = strftime('%Y-%m-%d %H:%M:%fZ', 'now')
@@ -97,14 +97,14 @@ const PASSES_OF: &str = r#"
 SELECT log, "partition", next_offset, openings, letters FROM headworks_positions
 WHERE pipeline = ?1 AND sink = ?2 AND next_offset > ?4 AND substr(letters, 1, length(?3)) = ?3"#;
 
-/// A claim, and its epoch.
+/// A claim with its epoch.
 pub struct Held {
     claim: Claim,
     log: String,
     epoch: Epoch,
 }
 
-/// Creates the table, or adds what an earlier version's lacks.
+/// Creates the table, or adds the columns that an earlier version's table lacks.
 pub fn create(connection: &Connection) -> Result<()> {
     connection.execute_batch(CREATE)?;
     for column in ADDED {
@@ -117,8 +117,8 @@ pub fn create(connection: &Connection) -> Result<()> {
 }
 
 impl Held {
-    /// Within an immediate transaction. The inner error: the claim is not to be had.
-    /// `table`: the sink's, and whether it has rows.
+    /// Takes a claim, within an immediate transaction. The inner error means that the claim cannot be
+    /// taken. `table` is the sink's table, and whether it has rows.
     pub fn claim(
         connection: &Connection,
         claim: &Claim,
@@ -170,7 +170,7 @@ impl Held {
         Ok(Ok((Self { claim: claim.clone(), log, epoch }, Opened { epoch, positions, found })))
     }
 
-    /// Whether the position was where `step` says and is ours.
+    /// Advances a position. Returns whether it was at the place in `step` and belongs to this process.
     pub fn advance(&self, connection: &Connection, step: &Advance) -> Result<bool> {
         let moved = connection.prepare_cached(ADVANCE)?.execute(params![
             self.claim.pipeline,
@@ -187,7 +187,7 @@ impl Held {
         Ok(moved == 1)
     }
 
-    /// Replaces what a position says of dead letters.
+    /// Replaces the record of dead letters in a position.
     pub fn set_letters(&self, connection: &Connection, partition: Partition, letters: &str) -> Result<()> {
         let Self { claim, log, .. } = self;
         let of = params![claim.pipeline, claim.sink, log, claim.generation, partition.0, letters];
@@ -195,7 +195,7 @@ impl Held {
         Ok(())
     }
 
-    /// Why a position was not ours to move.
+    /// Returns why a position could not be advanced.
     pub fn refusal(&self, connection: &Connection, step: &Advance) -> Result<SinkError> {
         let Self { claim, log, .. } = self;
         let next: Option<Option<i64>> = connection
@@ -210,9 +210,9 @@ impl Held {
     }
 }
 
-/// Looks up what a claim would find, as [`Held::claim`] does, and writes nothing. The table of
-/// positions may be of an earlier version, or not there. `table`: the sink's, and whether it has
-/// rows. The inner error: a position that cannot be read.
+/// Looks up what a claim would find, as [`Held::claim`] does, without writing. The table of positions
+/// may be of an earlier version, or missing. `table` is the sink's table, and whether it has rows. The
+/// inner error is a position that cannot be read.
 pub fn look(
     connection: &Connection,
     claim: &Claim,
@@ -257,7 +257,7 @@ pub fn look(
     Ok(Ok((Vec::new(), Found { has_rows, others, other_logs })))
 }
 
-/// Returns the other logs of which this claim filled this table, by a form of [`OTHER_LOGS`].
+/// Returns the other logs from which this claim filled this table, with a form of [`OTHER_LOGS`].
 fn other_logs(connection: &Connection, claim: &Claim, table: &str, sql: &str) -> Result<Vec<OtherLog>> {
     let mut statement = connection.prepare(sql)?;
     let other = |row: &rusqlite::Row<'_>| Ok((row.get::<_, String>(0)?, row.get(1)?));
@@ -267,7 +267,7 @@ fn other_logs(connection: &Connection, claim: &Claim, table: &str, sql: &str) ->
     Ok(others.filter_map(read).collect())
 }
 
-/// Returns the positions, by log and partition, that claims of these names have in these logs.
+/// Returns the positions, by log and partition, of claims with these names in these logs.
 pub fn positions_of(connection: &Connection, claims: &[Name], logs: &[Uuid]) -> Result<Vec<LogPosition>> {
     let mut statement = connection.prepare(POSITIONS_OF)?;
     let mut positions = Vec::new();
@@ -284,7 +284,7 @@ pub fn positions_of(connection: &Connection, claims: &[Name], logs: &[Uuid]) -> 
     Ok(positions)
 }
 
-/// Returns the positions of redrives' passes with these names, past `above`, that sent letters of
+/// Returns the positions of redrives' passes with these names, past `above`, that sent dead letters of
 /// this log.
 pub fn passes_of(
     connection: &Connection,
@@ -309,7 +309,7 @@ pub fn passes_of(
     Ok(passes)
 }
 
-/// The highest epoch of a claim, and who has it.
+/// Returns the highest epoch of a claim, and its holder.
 fn highest(connection: &Connection, claim: &Claim) -> Result<Option<Usurper>> {
     let log = claim.log.to_string();
     connection
@@ -319,7 +319,7 @@ fn highest(connection: &Connection, claim: &Claim) -> Result<Option<Usurper>> {
         .optional()
 }
 
-/// Takes over the positions of the first name that the claim had and that has some.
+/// Takes over the positions of the first former name of the claim that has any.
 fn rename(connection: &Connection, claim: &Claim, holder: &str) -> Result<()> {
     let (log, generation) = (claim.log.to_string(), claim.generation);
     let has_positions = |pipeline: &str, sink: &str| {

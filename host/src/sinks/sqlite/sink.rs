@@ -1,4 +1,4 @@
-//! The sink's thread, and how calls get to it and back.
+//! The sink's thread, and how calls are passed to it and back.
 
 use std::sync::{Arc, mpsc};
 
@@ -18,7 +18,7 @@ use crate::threads;
 use crate::topic::Namespace;
 use crate::units::ByteSize;
 
-/// One that runs and one that waits: a call that was dropped still ends first.
+/// One call that runs and one that waits, because a call that was dropped still ends first.
 const REQUESTS_MAX: usize = 2;
 
 pub struct SqliteSink {
@@ -45,12 +45,12 @@ impl SqliteSink {
         Self { name: name.to_owned(), config, columns, failures, thread: None }
     }
 
-    /// Begins each reason; who shows the reason names the sink.
+    /// Returns the prefix of each reason. The caller that shows the reason names the sink.
     fn context(&self) -> String {
         self.config.path.display().to_string()
     }
 
-    /// Starts the thread where there is none. It ends when the sink is dropped.
+    /// Starts the thread if there is none. It ends when the sink is dropped.
     fn thread(&mut self) -> Result<&mpsc::SyncSender<Request>, Error> {
         if self.thread.is_none() {
             let (sender, requests) = mpsc::sync_channel(REQUESTS_MAX);
@@ -122,7 +122,7 @@ impl Sink for SqliteSink {
     }
 }
 
-/// The thread: one call after the other, until the sink is dropped.
+/// Runs the thread: one call after the other, until the sink is dropped.
 fn serve(
     requests: &mpsc::Receiver<Request>,
     name: &str,

@@ -1,4 +1,4 @@
-//! The table in the file: its statements, and how it is compared with the config.
+//! The table in the file: its statements, and its comparison with the config.
 
 use rusqlite::{Connection, OptionalExtension};
 
@@ -43,13 +43,13 @@ pub fn create_table(config: &Config, columns: &Columns) -> String {
 
 /// How the table is written.
 pub struct Bound {
-    /// Affinity of each column of the config.
+    /// Affinity of each column in the config.
     pub affinities: Vec<Affinity>,
-    /// What the sink says to a person when it opens.
+    /// Warnings that the sink reports when it opens.
     pub warnings: Vec<String>,
     /// Columns of the key of `on_conflict: upsert`.
     key: Vec<String>,
-    /// The table says itself what happens to a row that meets a constraint.
+    /// Whether the table itself defines what happens to a row that violates a constraint.
     has_clause: bool,
 }
 
@@ -71,8 +71,8 @@ pub fn insert(config: &Config, columns: &Columns, bound: &Bound, rows: usize) ->
     format!("INSERT{or} INTO {table} ({}) VALUES {}{conflict}", list.join(", "), vec![row; rows].join(", "))
 }
 
-/// Whether the table is there and has rows, or may have rows elsewhere: a view, whose triggers put
-/// them into tables, or a table with a trigger.
+/// Returns whether the table has rows. Also true if it may have rows elsewhere: for a view, whose
+/// triggers write to tables, and for a table with a trigger.
 pub fn has_rows(connection: &Connection, config: &Config) -> rusqlite::Result<bool> {
     const KINDS: &str = "
 SELECT EXISTS (SELECT 1 FROM sqlite_master WHERE type IN ('table', 'view') AND lower(name) = lower(?1)),
@@ -89,8 +89,8 @@ SELECT EXISTS (SELECT 1 FROM sqlite_master WHERE type IN ('table', 'view') AND l
     connection.query_row(&sql, [], |row| row.get(0))
 }
 
-/// Compares with the table that is there; takes over its NOT NULL, that it holds times as numbers, and
-/// that it holds text.
+/// Compares the config with the existing table, and takes over its NOT NULL, and whether its columns
+/// hold times as numbers or text.
 pub fn bind(
     connection: &Connection,
     config: &Config,
@@ -175,7 +175,7 @@ fn is_strict(connection: &Connection, config: &Config) -> rusqlite::Result<bool>
     connection.query_row(sql, [table_name(config)], |row| row.get(0))
 }
 
-/// Whether the table was made with an ON CONFLICT clause.
+/// Returns whether the table was created with an ON CONFLICT clause.
 fn has_clause(connection: &Connection, config: &Config) -> rusqlite::Result<bool> {
     let sql = "SELECT sql FROM sqlite_master WHERE type = 'table' AND lower(name) = lower(?1)";
     let made: Option<String> =
@@ -183,7 +183,8 @@ fn has_clause(connection: &Connection, config: &Config) -> rusqlite::Result<bool
     Ok(made.is_some_and(|made| one_spaced(&made).contains("ON CONFLICT ")))
 }
 
-/// A trigger, of any table, whose statements say what happens to a row that meets a constraint.
+/// Returns a trigger, of any table, whose statements define what happens to a row that violates a
+/// constraint.
 fn trigger_with_clause(connection: &Connection) -> rusqlite::Result<Option<String>> {
     let mut statement = connection.prepare("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'")?;
     let triggers: Vec<(String, String)> =
@@ -195,25 +196,25 @@ fn trigger_with_clause(connection: &Connection) -> rusqlite::Result<Option<Strin
     Ok(triggers.into_iter().find(|(_, sql)| has_clause(sql)).map(|(name, _)| name))
 }
 
-/// SQL in upper case, each white space one blank.
+/// Returns SQL in upper case, with each white space replaced by one blank.
 fn one_spaced(sql: &str) -> String {
     sql.to_ascii_uppercase().split_ascii_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-/// Whether there is the table, or a view of its name.
+/// Returns whether the table, or a view of its name, exists.
 pub fn is_there(connection: &Connection, config: &Config) -> rusqlite::Result<bool> {
     let sql = "SELECT EXISTS (SELECT 1 FROM pragma_table_info(?1))";
     connection.query_row(sql, [table_name(config)], |row| row.get(0))
 }
 
-/// Whether a row can meet another one at all.
+/// Returns whether a row can conflict with another one at all.
 pub fn has_keys(connection: &Connection, config: &Config) -> rusqlite::Result<bool> {
     let sql = "SELECT EXISTS (SELECT 1 FROM pragma_index_list(?1) WHERE \"unique\"
         UNION ALL SELECT 1 FROM pragma_table_info(?1) WHERE pk > 0)";
     connection.query_row(sql, [table_name(config)], |row| row.get(0))
 }
 
-/// The primary key, else the first unique key, all of whose columns are filled.
+/// Returns the primary key, otherwise the first unique key, all of whose columns are filled.
 fn filled_key(
     connection: &Connection,
     config: &Config,

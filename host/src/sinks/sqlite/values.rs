@@ -1,8 +1,8 @@
-//! How values are bound, so that SQLite gives them back as they were sent.
+//! Binds values so that SQLite returns them as they were sent.
 //!
-//! SQLite converts what it stores by the affinity of the column (its documentation, "Datatypes In
+//! SQLite converts stored values by the affinity of the column (its documentation, "Datatypes In
 //! SQLite", 3.1 and 3.2). In a column that is not declared as text, text that is a number becomes that
-//! number: `007` is stored as 7. In one that is, a number becomes text as SQLite writes it.
+//! number: `007` is stored as 7. In a column of text, a number becomes text in SQLite's own format.
 
 use rusqlite::Statement;
 use rusqlite::types::{self, Null};
@@ -12,15 +12,16 @@ use crate::sinks::columns::{Kind, Mismatch, Value, write_time};
 /// What SQLite does to a value of a column.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Affinity {
-    /// Makes text of numbers.
+    /// Converts numbers to text.
     Text,
-    /// Stores each value as it is.
+    /// Stores each value unchanged.
     Blob,
-    /// Makes numbers of text.
+    /// Converts text to numbers.
     Integer,
-    /// Makes doubles of text and of whole numbers.
+    /// Converts text and whole numbers to doubles.
     Real,
-    /// Like `Integer`; columns of types that SQLite does not know have it, such as STRING, DATETIME and JSON.
+    /// As `Integer`. Columns of types that SQLite does not know have this affinity, such as STRING,
+    /// DATETIME and JSON.
     Numeric,
 }
 
@@ -41,12 +42,12 @@ impl Affinity {
         }
     }
 
-    /// Whether it makes numbers of text.
+    /// Returns whether it converts text to numbers.
     pub fn is_of_numbers(self) -> bool {
         matches!(self, Self::Integer | Self::Real | Self::Numeric)
     }
 
-    /// Whether this text, read as text, is the same after it was stored.
+    /// Returns whether this text is unchanged when it is read after it was stored.
     fn keeps(self, text: &str) -> bool {
         let inner = text.trim_matches([' ', '\t', '\n', '\x0b', '\x0c', '\r']);
         // Not `inf` and `nan`, which are numbers to Rust alone.
@@ -131,8 +132,8 @@ const NOT_KEPT: Mismatch = Mismatch(
     "text that this column keeps, because SQLite makes a number of it (declare the column TEXT in the table)",
 );
 
-/// A number of JSON as SQLite holds it: a whole one of 64 bits, or a double where it is written as one
-/// or the column holds only doubles.
+/// Returns a JSON number as SQLite stores it: a 64-bit integer, or a double if it is written as one or
+/// the column holds only doubles.
 fn number(value: Value<'_>, affinity: Affinity) -> Option<types::Value> {
     if let Some(whole) = value.i64() {
         return Some(types::Value::Integer(whole));
