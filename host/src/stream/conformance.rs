@@ -1,4 +1,4 @@
-//! What every stream keeps, as tests that any implementation runs.
+//! The promises of every stream, as tests that any implementation runs.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::*;
 use crate::batch::{Partition, flags};
 
-/// A message of a test.
+/// Returns a message for a test.
 pub fn message<'a>(topic: &'a str, payload: &'a [u8]) -> NewMessage<'a> {
     let device = topic.split('/').nth(1).unwrap_or("somebody");
     NewMessage {
@@ -26,7 +26,7 @@ pub async fn durable(stream: &dyn Stream, ticket: Ticket) {
     stream.durable().wait_for(|durable| *durable >= ticket).await.expect("the stream runs");
 }
 
-/// All messages from `from` to the end: offset and payload; gaps as `None`.
+/// Reads all messages from `from` to the end: offset and payload, or `None` for a gap.
 pub async fn read_all(stream: &dyn Stream, from: u64) -> Vec<(u64, Option<Vec<u8>>)> {
     let mut cursor = stream.cursor(Offset(from));
     let mut all = Vec::new();
@@ -41,13 +41,13 @@ pub async fn read_all(stream: &dyn Stream, from: u64) -> Vec<(u64, Option<Vec<u8
     all
 }
 
-/// Runs the whole suite, each test on a fresh stream of 4 partitions.
+/// Runs the whole suite, each test on a new stream of 4 partitions.
 pub async fn all(fresh: impl Fn() -> Arc<dyn Stream>) {
     a_message_comes_back_as_it_was(fresh()).await;
     all_but_topics(fresh).await;
 }
 
-/// The same, without what is said of topics.
+/// Runs the suite without the tests of topics.
 pub async fn all_but_topics(fresh: impl Fn() -> Arc<dyn Stream>) {
     an_append_is_adjacent_in_order_and_offsets_have_no_gaps(fresh()).await;
     a_waiting_cursor_gets_what_becomes_durable(fresh()).await;
@@ -61,7 +61,7 @@ pub async fn all_but_topics(fresh: impl Fn() -> Arc<dyn Stream>) {
     a_reader_is_remembered_where_it_was_until_it_says_where_it_is(fresh());
 }
 
-/// What it can never have is known then.
+/// What the reader can never receive is known when it states its position.
 fn a_reader_is_remembered_where_it_was_until_it_says_where_it_is(stream: Arc<dyn Stream>) {
     for _ in 0..3 {
         stream.append(&[message("a/b", b"x")], &[]).expect("room for it");

@@ -1,4 +1,4 @@
-//! What a stream can have too little of, for the log and for the list of problems.
+//! Resources that a stream may lack, for the log and for the list of problems.
 
 use std::fmt;
 use std::path::Path;
@@ -6,29 +6,29 @@ use std::path::Path;
 use crate::files::NO_DESCRIPTOR_ADVICE;
 use crate::telemetry::DiskSpace;
 
-/// Something that a stream waits for before it takes appends again.
+/// A resource for which a stream waits before it accepts appends again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Lack {
     Disk = 1,
-    /// All segments that retention allows are there, and a reader still needs the oldest.
+    /// All segments that retention allows exist, and a reader still needs the oldest.
     Retention,
     FileDescriptor,
     Memory,
-    /// Retention may remove an old segment, and the system refuses it.
+    /// Retention may remove an old segment, but the system refuses to.
     Removal,
 }
 
 impl Lack {
     const ALL: [Self; 5] = [Self::Disk, Self::Retention, Self::FileDescriptor, Self::Memory, Self::Removal];
 
-    /// Returns the lack whose discriminant is `code`, `None` for 0.
+    /// Returns the lack with the discriminant `code`; `None` for 0.
     pub(super) fn of_code(code: u8) -> Option<Self> {
         Self::ALL.into_iter().find(|lack| *lack as u8 == code)
     }
 
-    /// Returns what is lacking on a disk with this room. Both bytes and inodes are room on disk to
-    /// the system, which refuses with one error.
+    /// Returns what is lacking on a disk with this much space. The system reports missing bytes and
+    /// missing inodes with the same error.
     pub fn cause(self, space: Option<DiskSpace>) -> String {
         match self {
             Self::Disk if lacks_inodes(space) => "no inodes left on disk".to_owned(),
@@ -36,7 +36,8 @@ impl Lack {
         }
     }
 
-    /// Returns what a person can do about it, for a stream in `folder`, on a disk with this room.
+    /// Returns what an operator can do about it, for a stream in `folder`, on a disk with this much
+    /// space.
     pub fn advice(self, folder: &Path, space: Option<DiskSpace>) -> String {
         let folder = folder.display();
         match self {

@@ -1,22 +1,22 @@
-//! Where a reader stands in a log, told so that it can be compared with any copy of that log.
+//! A reader's position in a log, in a form that can be compared with any copy of that log.
 //!
-//! A data folder is restored from a backup, a machine is cloned, a disk loses the end of a file:
-//! then two logs of one UUID hold different messages at one offset, and an offset alone says
-//! nothing. A [`Lineage`] lists the openings that the reader was delivered, each with how far, as
-//! followers compare leader epochs with their leader (KIP-101, KIP-320). Entries of copies that the
-//! log has nothing of stay, so that a reader that comes back to such a copy is known there too.
+//! A data folder is restored from a backup, a machine is cloned, or a disk loses the end of a file. Then
+//! two logs with one UUID have different messages at the same offset, and an offset alone is not enough.
+//! A [`Lineage`] lists the openings of which the reader has received messages, each with how far, as
+//! followers compare leader epochs with their leader (KIP-101, KIP-320). Entries for copies of which the
+//! log has nothing are kept, so that a reader that returns to such a copy is recognised there too.
 
 use std::fmt;
 
 use super::Opening;
 use crate::batch::Offset;
 
-/// Openings that a lineage remembers. An older backup than the oldest of them cannot be told from
-/// a log of which nothing was delivered.
+/// Most openings of a lineage. A backup that is older than the oldest of them cannot be distinguished
+/// from a log of which nothing was delivered.
 const ENTRIES_MAX: usize = 1_024;
 
-/// The openings whose messages were delivered. Empty: nobody wrote them down, which is so for
-/// positions of Headworks 0.1.0.
+/// The openings whose messages were delivered. Empty if they were not recorded, as in positions of
+/// Headworks 0.1.0.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Lineage {
     /// The last entry is the opening that wrote the message before the position.
@@ -26,19 +26,19 @@ pub struct Lineage {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Entry {
     opening: u64,
-    /// All that the opening wrote below it was delivered. 0 where only the position tells, which
-    /// is so for the last entry unless a copy was delivered further than the position.
+    /// Everything that the opening wrote below this offset was delivered. 0 if only the position tells,
+    /// as for the last entry, unless a copy was delivered further than the position.
     until: Offset,
 }
 
 impl Lineage {
-    /// Returns the position of a reader in the log with these `openings`, whose first kept message
-    /// is `start`, where `next` is its position in the log that it read last. No message of this
-    /// log below the result is new to the reader, and none at or above it was delivered.
+    /// Returns the position of a reader in the log with these `openings`, whose first stored message is
+    /// `start`. `next` is its position in the log that it read last. No message of this log below the
+    /// result is new to the reader, and none at or above it was delivered.
     ///
-    /// Messages that the log cannot attribute to an opening (of 0.1.0, or older than the openings
-    /// that it remembers) are taken for delivered as far as `next` says, and so is everything that
-    /// was in the log before this process where the lineage is empty.
+    /// Messages that the log cannot attribute to an opening (of 0.1.0, or older than the openings that
+    /// it remembers) are taken for delivered as far as `next` says. If the lineage is empty, this
+    /// applies to everything that was in the log before this process.
     pub fn locate(&self, next: Offset, openings: &[Opening], start: Offset) -> Offset {
         for (i, opening) in openings.iter().enumerate().rev() {
             if let Some(until) = self.until(opening.id, next) {
@@ -55,20 +55,21 @@ impl Lineage {
         next.min(limit)
     }
 
-    /// Returns the lineage of a reader that has all that a log with these openings holds, now and
-    /// for as long as the last of them writes.
+    /// Returns the lineage of a reader that has everything in a log with these openings, now and as long
+    /// as the last of them writes.
     pub fn of_all(openings: &[Opening]) -> Self {
         Self::default().moved(openings, Offset(0), Offset(u64::MAX)).unwrap_or_default()
     }
 
-    /// Returns how far the log with these `openings`, whose first kept message is `start`, is the
-    /// log that [`Lineage::of_all`] was asked of: the messages at lower offsets are the same.
+    /// Returns up to which offset the log with these `openings`, whose first stored message is `start`,
+    /// is the log of which [`Lineage::of_all`] returned this lineage: the messages at lower offsets are
+    /// the same.
     pub fn common(&self, openings: &[Opening], start: Offset) -> Offset {
         self.locate(Offset(u64::MAX), openings, start)
     }
 
-    /// Returns the lineage of a position that moves from `from` to `to` in a log with these
-    /// openings; `None` where it stays as it is.
+    /// Returns the lineage of a position that moves from `from` to `to` in a log with these openings;
+    /// `None` if it is unchanged.
     pub fn moved(&self, openings: &[Opening], from: Offset, to: Offset) -> Option<Self> {
         let tip = openings.iter().rev().find(|opening| opening.first < to).map(|opening| opening.id);
         let tip = match tip {
@@ -100,7 +101,7 @@ impl Lineage {
         (moved != *self).then_some(moved)
     }
 
-    /// Reads what [`fmt::Display`] wrote, if anything.
+    /// Parses the output of [`fmt::Display`], if there is any.
     pub fn read(text: Option<&str>) -> Option<Self> {
         text.map_or(Some(Self::default()), Self::parse)
     }

@@ -1,9 +1,8 @@
-//! A stream that keeps its messages in memory: for tests.
+//! A stream that keeps its messages in memory, for tests.
 //!
-//! It keeps the trait's promises except that nothing survives the process.
-//! [`MemoryStream::with_manual_commit`] holds durability back until
-//! [`MemoryStream::commit`], so that a test can show that no ack goes out
-//! before; [`MemoryStream::fail`] is a failed sync.
+//! It keeps the promises of the trait, except that nothing survives the process.
+//! [`MemoryStream::with_manual_commit`] delays durability until [`MemoryStream::commit`], so that a test
+//! can show that no acknowledgement is sent earlier. [`MemoryStream::fail`] simulates a failed sync.
 
 mod hooks;
 
@@ -24,10 +23,10 @@ use super::{
 };
 use crate::batch::{Batch, Entry, Offset, Span};
 
-/// What waits for a manual commit; past it appends are refused with `Full`.
+/// Most bytes that wait for a manual commit. Further appends are refused with `Full`.
 const COMMIT_BUFFER_BYTES_MAX: usize = 16 << 20;
 
-/// A handle: clones are the same stream.
+/// A handle. Clones refer to the same stream.
 #[derive(Clone)]
 pub struct MemoryStream(Arc<Shared>);
 
@@ -37,7 +36,7 @@ struct Shared {
     openings: Vec<Opening>,
     manual: AtomicBool,
     inner: Mutex<Inner>,
-    /// Moves whenever a reader or a waiting writer has something to look at.
+    /// Changes when a reader or a waiting writer may have something to do.
     moved: watch::Sender<u64>,
 }
 
@@ -55,12 +54,12 @@ struct Inner {
     no_space: bool,
     append_bytes_max: usize,
     buffer_full: bool,
-    /// What was appended before is past its age.
+    /// Append time before which messages are past their age.
     kept_since_us: u64,
     state: BTreeMap<Vec<u8>, Vec<u8>>,
     state_room: usize,
     marks: BTreeMap<String, (u64, OnLag, watch::Sender<Offset>)>,
-    /// Where readers were before they were attached, until they say where they are.
+    /// Positions of readers before they were attached, until they state their positions.
     remembered: BTreeMap<String, Offset>,
     /// See [`Stream::lose`].
     lost: Vec<(Range<Offset>, GapCause)>,
@@ -69,23 +68,23 @@ struct Inner {
     stopped: Option<Arc<str>>,
     /// See [`MemoryStream::keep_states`].
     states: Option<Vec<BTreeMap<Vec<u8>, Vec<u8>>>>,
-    /// Gone once stopped.
+    /// The durable ticket; `None` once stopped.
     durable: Option<watch::Sender<Ticket>>,
 }
 
 impl MemoryStream {
-    /// Every append is durable at once.
+    /// Returns a stream in which every append is durable at once.
     #[allow(clippy::new_ret_no_self)]
     pub fn new(name: &str, partitions: u16) -> Arc<dyn Stream> {
         Arc::new(Self::build(name, partitions, false))
     }
 
-    /// Nothing is durable before [`Self::commit`].
+    /// Returns a stream in which nothing is durable before [`Self::commit`].
     pub fn with_manual_commit(name: &str, partitions: u16) -> Arc<Self> {
         Arc::new(Self::build(name, partitions, true))
     }
 
-    /// As `new`, with the hooks of the concrete type.
+    /// Returns a stream as `new` does, with the hooks of the concrete type.
     pub fn with_hooks(name: &str, partitions: u16) -> Arc<Self> {
         Arc::new(Self::build(name, partitions, false))
     }
@@ -144,7 +143,7 @@ impl Inner {
         durable.send_replace(Ticket(self.ticket));
     }
 
-    /// The messages as one frame.
+    /// Returns the messages as one frame.
     fn frame(&mut self, messages: &[NewMessage<'_>]) -> Batch {
         let mut data = BytesMut::new();
         let mut put = |bytes: &[u8]| {
@@ -174,7 +173,7 @@ impl Inner {
 }
 
 impl MemoryStream {
-    /// Waits until it is as asked, or the stream has stopped.
+    /// Waits until `as_asked` is true, or the stream has stopped.
     async fn inner_is(&self, as_asked: impl Fn(&Inner) -> bool + Send) {
         let mut moved = self.0.moved.subscribe();
         loop {

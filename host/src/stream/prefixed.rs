@@ -1,8 +1,8 @@
-//! A stream as its subscribers see it: each topic with a prefix in front.
+//! A stream as its subscribers see it: with a prefix in front of each topic.
 //!
-//! What pipelines make of a message has the topic of that message, in another stream. A subscriber to
-//! `acme/#` would get both. So subscribers see the messages of such a stream below a prefix of their own;
-//! pipelines and the command line read the stream itself.
+//! The output of pipelines for a message has the topic of that message, but is in another stream. A
+//! subscriber to `acme/#` would receive both. So subscribers see the messages of such a stream below a
+//! prefix of their own, while pipelines and the command line read the stream itself.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ use crate::topic::TOPIC_BYTES_MAX;
 
 pub struct Prefixed {
     stream: Arc<dyn Stream>,
-    /// With the `/` behind it.
+    /// The prefix with a trailing `/`.
     prefix: Arc<str>,
 }
 
@@ -44,7 +44,7 @@ impl Stream for Prefixed {
         self.stream.identity()
     }
 
-    /// Appends as they are: whoever appends says what the topics are.
+    /// Appends messages unchanged, because the caller sets the topics.
     fn append(
         &self,
         messages: &[NewMessage<'_>],
@@ -150,8 +150,9 @@ impl Cursor for PrefixedCursor {
     }
 }
 
-/// A topic that has no room for the prefix is left out: no subscriber could be told it. What writes to the
-/// stream rejects such a topic, so that only one from before the prefix was set is met here.
+/// Adds the prefix to the topics. A topic that would become too long is left out, because no subscriber
+/// could receive it. Writers to the stream reject such topics, so this concerns only messages from
+/// before the prefix was set.
 fn with_prefix(read: Read, prefix: &str) -> Read {
     let Read::Batch(batch) = read else { return read };
     let fits = |entry: &&Entry| prefix.len() + entry.topic.len() <= TOPIC_BYTES_MAX;

@@ -1,4 +1,4 @@
-//! All streams of a host, and which one a topic belongs to.
+//! All streams of a host, and the mapping from topics to streams.
 
 use std::sync::Arc;
 
@@ -8,8 +8,7 @@ use crate::topic::TopicFilter;
 /// A stream and the filters of its topics.
 type Routed = (Vec<TopicFilter>, Arc<dyn Stream>);
 
-/// Every topic belongs to exactly one stream: the first whose filter matches,
-/// else the default.
+/// Maps every topic to exactly one stream: the first whose filter matches, otherwise the default.
 #[derive(Clone)]
 pub struct Streams {
     routed: Arc<[Routed]>,
@@ -28,7 +27,7 @@ impl Streams {
             .map_or(&self.default, |(_, stream)| stream)
     }
 
-    /// Returns the place of the same stream among those of [`Streams::iter`].
+    /// Returns the index of the topic's stream in [`Streams::iter`].
     pub fn number_of(&self, topic: &str) -> usize {
         let mut routed = self.routed.iter();
         let found = routed.position(|(filters, _)| filters.iter().any(|filter| filter.matches(topic)));
@@ -39,15 +38,15 @@ impl Streams {
         self.iter().find(|stream| stream.name() == name)
     }
 
-    /// The same set with what `kept` makes of each stream, but for those of which it makes nothing. The default
-    /// stays.
+    /// Returns a set with the result of `kept` for each stream, without those for which it returns
+    /// `None`. The default stream stays the same.
     pub fn filtered(&self, kept: impl Fn(&Arc<dyn Stream>) -> Option<Arc<dyn Stream>>) -> Self {
         let routed =
             self.routed.iter().filter_map(|(filters, stream)| Some((filters.clone(), kept(stream)?)));
         Self { routed: routed.collect(), default: Arc::clone(&self.default) }
     }
 
-    /// Each once, the default last.
+    /// Returns each stream once, the default last.
     pub fn iter(&self) -> impl Iterator<Item = &Arc<dyn Stream>> {
         self.routed.iter().map(|(_, stream)| stream).chain([&self.default])
     }

@@ -1,4 +1,4 @@
-//! The way in: appends are copied, once, into the buffer of the next commit.
+//! Appends: messages are copied, once, into the buffer of the next commit.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -14,12 +14,12 @@ use crate::stream::{
 };
 use crate::telemetry::DiskSpace;
 
-/// What the next frame will hold.
+/// The contents of the next frame.
 pub struct Pending {
     pub entries: BytesMut,
     pub data: BytesMut,
-    /// CRC32C of `entries` and of `data`: the committer has nothing to sum
-    /// between two syncs.
+    /// CRC32C of `entries` and of `data`, so that the committer has nothing to compute between two
+    /// syncs.
     pub entries_crc: u32,
     pub data_crc: u32,
     pub changes: Vec<Change>,
@@ -31,7 +31,7 @@ pub struct Pending {
 }
 
 impl Pending {
-    /// With empty buffers.
+    /// Creates pending contents with empty buffers.
     pub fn new((entries, data): (BytesMut, BytesMut)) -> Self {
         Self {
             entries,
@@ -68,19 +68,19 @@ impl Pending {
     }
 }
 
-/// Everything behind the one lock of the append path; held for the copy only.
+/// State behind the only lock of the append path, which is held only for the copy.
 pub struct Front {
     pub pending: Pending,
     /// Ticket of the pending frame.
     pub ticket: u64,
     pub next_offset: u64,
-    /// As of the last append, durable or not.
+    /// State as of the last append, durable or not.
     pub state: State,
     /// The pending frame that refused an append for want of room.
     pub refused: Option<u64>,
-    /// The committer waits for work.
+    /// Whether the committer waits for work.
     pub idle: bool,
-    /// The keeper wants a new segment: the one in use is old enough.
+    /// Whether the keeper wants a new segment, because the active one is old enough.
     pub roll: bool,
     pub closing: bool,
     pub stopped: Option<Arc<str>>,
@@ -165,7 +165,8 @@ impl Inner {
         Ok(Appended { ticket, first: Offset(first) })
     }
 
-    /// A change of the log's own, such as where a reader is; false where there is no room for it.
+    /// Appends a change of the log's own state, such as the position of a reader. Returns false if there
+    /// is no room for it.
     pub fn append_own(&self, space: u8, key: &[u8], value: Option<&[u8]>) -> bool {
         let change: Change = (state::key(space, key), value.map(Into::into));
         let mut front = lock(&self.front);
@@ -213,7 +214,7 @@ impl Inner {
         self.space_is(|_| self.lack().is_some()).await;
     }
 
-    /// Waits until it is as asked, or the log has stopped.
+    /// Waits until `as_asked` is true, or the log has stopped.
     async fn space_is(&self, as_asked: impl Fn(&Front) -> bool) {
         let mut space = self.space.subscribe();
         loop {
@@ -234,7 +235,7 @@ impl Inner {
         Lack::of_code(self.lack.load(Ordering::Relaxed))
     }
 
-    /// Refuses appends while something is lacking, and says so once.
+    /// Refuses appends while something is lacking, and reports it once.
     pub fn set_lack(&self, lack: Option<Lack>) {
         let before = Lack::of_code(self.lack.swap(lack.map_or(0, |lack| lack as u8), Ordering::Relaxed));
         if before == lack {

@@ -1,36 +1,37 @@
-//! Append time, and how long ago one was.
+//! Append time, and the ages of appended messages.
 //!
-//! Gateways without a clock battery start anywhere and jump by decades, and a time server may be
-//! wrong for a while. Append time follows the wall clock, never goes back, and believes a jump
-//! ahead once that has lasted [`BELIEVED_AFTER`]. Ages are measured in *elapsed* time, which
-//! follows the monotonic clock whatever the wall clock does: a [`Timeline`] relates the two, and
-//! is part of the log's state, so that messages keep their age over a restart. Time during which
-//! the host did not run counts as far as the wall clock tells it, more than [`OFF_TRUSTED`] of it
-//! only after the wall clock has said so for [`COUNTED_AFTER`].
+//! Gateways without a clock battery start at any time and jump by decades, and a time server may be
+//! wrong for a while. Append time follows the wall clock, never goes back, and accepts a jump ahead
+//! after it has lasted [`BELIEVED_AFTER`]. Ages are measured in *elapsed* time, which follows the
+//! monotonic clock, whatever the wall clock does. A [`Timeline`] relates the two, and is part of the
+//! log's state, so that messages keep their age over a restart. Time during which the host did not run
+//! counts as far as the wall clock shows it; more than [`OFF_TRUSTED`] counts only after the wall clock
+//! has shown it for [`COUNTED_AFTER`].
 
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-/// Before this the clock was never set: 2025-01-01.
+/// Earliest plausible time, 2025-01-01. Before it the clock was never set.
 pub const SET_US: u64 = 1_735_689_600_000_000;
-/// Smaller steps of the wall clock are how it is kept right.
+/// Smallest change of the wall clock that counts as a jump. Smaller ones are corrections.
 pub const JUMP_LEAST: Duration = Duration::from_secs(60);
-/// Further ahead than this, the wall clock is never believed, and the host was not off for longer.
+/// Largest jump ahead that is ever accepted, and longest time that the host may have been off.
 pub const JUMP_MAX: Duration = Duration::from_secs(5 * 365 * 24 * 3_600);
-/// Append time follows a jump ahead that has lasted for so long.
+/// How long a jump ahead must have lasted before append time follows it.
 const BELIEVED_AFTER: Duration = Duration::from_secs(60);
-/// The host may have been off for so long without a further look at the clock.
+/// Time off that is accepted without a further check of the clock.
 const OFF_TRUSTED: Duration = Duration::from_secs(24 * 3_600);
-/// A longer time off counts once the host has run for so long and the clock has not jumped.
+/// How long the host must have run without a jump of the clock before a longer time off counts.
 const COUNTED_AFTER: Duration = Duration::from_secs(600);
-/// While the wall clock is behind, append time passes by this factor slower than time.
+/// Factor by which append time passes more slowly than real time while the wall clock is behind.
 const SLOWER: u64 = 1_000;
-/// Spans that are remembered.
+/// Most spans that are remembered.
 const SPANS_MAX: usize = 32;
 const SPAN_BYTES: usize = 17;
 const FORMAT: u8 = 1;
 
-/// Microseconds of the wall clock since 1970 and of the monotonic clock since anything.
+/// Returns microseconds of the wall clock since 1970, and of the monotonic clock since an arbitrary
+/// time.
 pub type Source = Arc<dyn Fn() -> (u64, u64) + Send + Sync>;
 
 /// Returns the machine's clocks.
@@ -42,12 +43,12 @@ pub fn system() -> Source {
     })
 }
 
-/// Whether a time is that of a clock that was ever set: only then may it tell an age.
+/// Returns whether a time is plausible, so that it can be used to determine an age.
 pub fn is_set(us: u64) -> bool {
     us >= SET_US
 }
 
-/// What frames are stamped with and ages are measured by.
+/// The clock with which frames are stamped and ages are measured.
 pub struct Clock {
     source: Source,
     /// Elapsed time and monotonic time at one moment.
@@ -55,17 +56,17 @@ pub struct Clock {
     timeline: Timeline,
     last_us: u64,
     was_set: bool,
-    /// Wall time less elapsed time of a jump ahead that is not believed yet, and since when.
+    /// Wall time minus elapsed time for a jump ahead that is not accepted yet, and since when.
     jump: Option<(i64, u64)>,
-    /// A long time off that does not count yet, and the elapsed time at which it does.
+    /// A long time off that does not count yet, and the elapsed time at which it will.
     off: Option<(u64, u64)>,
-    /// Changes of the timeline since it was opened.
+    /// Number of changes of the timeline since the log was opened.
     changes: u64,
     is_changed: bool,
 }
 
 impl Clock {
-    /// Goes on from `last_us`, the last append time that the log holds, 0 for none.
+    /// Continues from `last_us`, the last append time in the log; 0 if there is none.
     pub fn new(source: Source, timeline: Timeline, last_us: u64) -> Self {
         let (wall_us, monotonic_us) = source();
         let mut elapsed_us = timeline.elapsed_at(last_us);
@@ -124,23 +125,23 @@ impl Clock {
         self.last_us
     }
 
-    /// Returns the append time of `ago`: what was appended before is older.
+    /// Returns the append time of `ago`. Messages that were appended before are older.
     pub fn ago(&self, ago: Duration) -> u64 {
         self.timeline.append_at(self.elapsed_us().saturating_sub(micros(ago)))
     }
 
-    /// Returns what the next opening needs, where that is not what was returned last: for the
-    /// keeper, which has it noted while nothing is appended.
+    /// Returns the timeline for the next opening, if it has changed since the last call. The keeper
+    /// stores it while nothing is appended.
     pub fn changed(&mut self) -> Option<Vec<u8>> {
         std::mem::take(&mut self.is_changed).then(|| self.timeline.encode())
     }
 
-    /// Returns what the next opening needs, and which change of it that is.
+    /// Returns the timeline for the next opening, and the number of its last change.
     pub fn timeline(&self) -> (u64, &Timeline) {
         (self.changes, &self.timeline)
     }
 
-    /// The last answer of `changed` could not be kept: it is given again.
+    /// Records that the last result of `changed` could not be stored, so that it is returned again.
     pub fn not_saved(&mut self) {
         self.is_changed = true;
     }
@@ -191,11 +192,11 @@ impl Clock {
     }
 }
 
-/// How append time passed, the oldest span first, never empty.
+/// How append time passed: spans, the oldest first, never empty.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Timeline(Vec<Span>);
 
-/// From here on append time passes as time elapses, or slower.
+/// From here on append time passes as elapsed time does, or more slowly.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Span {
     from_us: u64,
@@ -204,14 +205,14 @@ struct Span {
 }
 
 impl Default for Timeline {
-    /// That of a log without jumps, such as those of version 0.1.0.
+    /// The timeline of a log without jumps, such as those of version 0.1.0.
     fn default() -> Self {
         Self(vec![Span { from_us: 0, elapsed_us: 0, is_slow: false }])
     }
 }
 
 impl Timeline {
-    /// Returns the elapsed time at which something was appended at `append_us`.
+    /// Returns the elapsed time for an append time.
     pub fn elapsed_at(&self, append_us: u64) -> u64 {
         let (span, next) = self.find(|span| span.from_us <= append_us);
         let rate = if span.is_slow { SLOWER } else { 1 };
@@ -221,7 +222,7 @@ impl Timeline {
         next.map_or(elapsed_us, |next| elapsed_us.min(next.elapsed_us))
     }
 
-    /// Returns the append time at an elapsed time.
+    /// Returns the append time for an elapsed time.
     pub fn append_at(&self, elapsed_us: u64) -> u64 {
         let (span, next) = self.find(|span| span.elapsed_us <= elapsed_us);
         let append_us = span.append_at(elapsed_us);
@@ -317,7 +318,7 @@ pub mod tests {
             self.passed_us.fetch_add(us, Ordering::Relaxed);
         }
 
-        /// The wall clock only.
+        /// Moves only the wall clock.
         pub fn jump(&self, by_us: i64) {
             self.wall_us.fetch_add(by_us, Ordering::Relaxed);
         }
@@ -327,11 +328,11 @@ pub mod tests {
         }
     }
 
-    /// The clock of a run, and one frame appended each second of it.
+    /// The clock of a run, in which one frame is appended each second.
     struct Run {
         hands: Arc<Hands>,
         clock: Clock,
-        /// Append times, and when that was in all of time.
+        /// Append times, and the real times at which they were stamped.
         appended: Vec<(u64, u64)>,
         passed_us: u64,
     }
@@ -353,7 +354,7 @@ pub mod tests {
             }
         }
 
-        /// Time passes and nothing is appended.
+        /// Lets time pass without appends.
         fn away(&mut self, us: u64) {
             self.hands.pass(us);
             self.passed_us += us;
@@ -366,7 +367,7 @@ pub mod tests {
             self.passed_us += off_us;
         }
 
-        /// What retention takes for older than `age` was appended before, and nothing else.
+        /// Asserts that retention takes exactly the messages that are older than `age` for older.
         #[track_caller]
         fn keeps_for(&self, age_us: u64) {
             let since_us = self.clock.ago(Duration::from_micros(age_us));

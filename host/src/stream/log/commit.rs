@@ -1,6 +1,6 @@
-//! The committer: takes what was appended, writes it as one frame, syncs once,
-//! says what is durable. Starts at once when idle, gathers while a sync runs.
-//! Where a segment is full, `roll` makes the next.
+//! The committer: it takes appended messages, writes them as one frame, syncs once, and publishes what
+//! is durable. It starts at once when it is idle, and gathers appends while a sync runs. If a segment is
+//! full, `roll` creates the next one.
 
 use std::io;
 use std::sync::{Arc, PoisonError};
@@ -17,17 +17,17 @@ use super::tail::Frame;
 use super::{Inner, lock, read, write};
 use crate::stream::{Lack, Stall, Ticket};
 
-/// After so long without an append, a mark says that the last frame is durable.
+/// Time without an append after which a mark proves that the last frame is durable.
 const IDLE_MARK_MS: u64 = 20;
-/// A write, sync or roll that takes longer than this counts as a disk that does not answer.
+/// Duration of a write, sync or roll beyond which the disk counts as not answering.
 pub const STALL_LEAST: Duration = if cfg!(test) { Duration::from_millis(20) } else { Duration::from_secs(5) };
-/// Between two tries while the disk is full.
+/// Interval of attempts while the disk is full.
 const NO_SPACE_RETRY_MS: u64 = 200;
 
-/// Owned by whoever commits.
+/// State that belongs to the thread that commits.
 pub struct Writer {
     pub file: Arc<dyn File>,
-    /// Where the next frame goes.
+    /// Position of the next frame.
     pub at: u64,
     /// Length of the file.
     pub len: u64,
@@ -39,29 +39,30 @@ pub struct Writer {
     pub durable_through: u64,
     pub previous_crc: u32,
     pub clock_us: u64,
-    /// Which change of the clock's timeline is in the frames.
+    /// Number of the last change of the clock's timeline that is in the frames.
     pub clock_changes: u64,
-    /// The state map as of the last frame that is durable.
+    /// The state map as of the last durable frame.
     pub committed: State,
-    /// Taken, not yet durable.
+    /// Contents that were taken and are not durable yet.
     pub in_hand: Option<(Pending, Ticket)>,
-    /// Buffers to be used again.
+    /// Buffers for reuse.
     pub spare: Option<(BytesMut, BytesMut)>,
     pub changes: Vec<u8>,
     pub marked: bool,
-    /// Somebody waits for the room that was made when what is in hand was taken.
+    /// Whether a caller waits for the room that was made when `in_hand` was taken.
     pub is_awaited: bool,
 }
 
 #[derive(Debug)]
 pub enum CommitError {
-    /// Nothing was written that counts, for want of what is named: passes by itself.
+    /// The write failed for want of a resource. This resolves itself, and nothing that counts was
+    /// written.
     NoSpace(Lack),
     /// Nothing may be acknowledged any more.
     Failed(&'static str, io::Error),
 }
 
-/// A failed write that can be tried again, or not.
+/// Classifies a failed write as one that can be repeated, or not.
 pub fn no_space_or(what: &'static str) -> impl Fn(io::Error) -> CommitError {
     move |error| match lacking(&error) {
         Some(lack) => CommitError::NoSpace(lack),
@@ -69,7 +70,7 @@ pub fn no_space_or(what: &'static str) -> impl Fn(io::Error) -> CommitError {
     }
 }
 
-/// The committer's thread: until the stream is closed or stops.
+/// Runs the committer's thread until the stream is closed or stops.
 pub fn run(inner: &Inner) {
     loop {
         let committed = match inner.take() {
@@ -90,7 +91,7 @@ pub fn run(inner: &Inner) {
 }
 
 impl Inner {
-    /// Waits for appends and takes them in hand; false once closed and drained.
+    /// Waits for appends and takes them in hand. Returns false once the log is closed and drained.
     fn take(&self) -> Result<bool, CommitError> {
         let mut writer = lock(&self.writer);
         if writer.in_hand.is_some() {
@@ -129,7 +130,8 @@ impl Inner {
         Ok(self.take_in_hand(&mut writer))
     }
 
-    /// Ends a segment that is old enough. Without room for another it goes on: the keeper asks again.
+    /// Ends a segment that is old enough. If there is no room for another, it stays in use, and the
+    /// keeper asks again.
     pub fn roll_if_asked(&self, writer: &mut Writer) -> Result<(), CommitError> {
         if !std::mem::take(&mut lock(&self.front).roll) {
             return Ok(());
@@ -140,7 +142,7 @@ impl Inner {
         }
     }
 
-    /// Moves the pending appends into hand; false where there are none.
+    /// Takes the pending appends in hand. Returns false if there are none.
     pub fn take_in_hand(&self, writer: &mut Writer) -> bool {
         if writer.in_hand.is_some() {
             return true;
@@ -180,9 +182,9 @@ impl Inner {
         }
     }
 
-    /// Returns the append time of a frame that is written now, and what it notes of the clock: the
-    /// jumps before that time, unless an earlier frame has them. What the keeper had noted
-    /// of them is replaced: an earlier frame may have had later ones.
+    /// Returns the append time of a frame that is written now, and the change with the clock's jumps
+    /// before that time, unless an earlier frame has them. It replaces what the keeper had stored about
+    /// them, because an earlier frame may have had later jumps.
     fn stamp(&self, writer: &mut Writer, pending: &mut Pending) -> (u64, Option<Change>) {
         let is_noted = |(key, _): &Change| key.first() == Some(&state::CLOCK);
         let has_noted = pending.changes.iter().any(is_noted);
@@ -203,7 +205,7 @@ impl Inner {
         (stamp_us, Some(change))
     }
 
-    /// Notes since when the committer is at work on the disk.
+    /// Records since when the committer is working on the disk.
     fn at_work<T>(&self, call: impl FnOnce() -> T) -> T {
         *lock(&self.at_work_since) = Some(Instant::now());
         let done = call();
@@ -213,7 +215,7 @@ impl Inner {
         done
     }
 
-    /// The work that the committer has been at for long.
+    /// Returns the work that the committer has been doing for long.
     pub fn stall(&self) -> Option<Stall> {
         let since = lock(&self.at_work_since).filter(|since| since.elapsed() >= STALL_LEAST)?;
         let end = read(&self.back).end;
@@ -269,7 +271,7 @@ impl Inner {
         Ok(header.append_us)
     }
 
-    /// Shows a durable frame to readers, then to those who wait to acknowledge.
+    /// Shows a durable frame to readers, then to callers that wait to acknowledge.
     fn publish(&self, writer: &mut Writer, pending: Pending, ticket: Ticket, append_us: u64) {
         self.metrics.committed(pending.count, pending.bytes());
         for change in pending.changes {
@@ -307,7 +309,7 @@ impl Inner {
         }
     }
 
-    /// Says in the file, without a sync, what is durable: the next frame is written over it.
+    /// Records in the file, without a sync, what is durable. The next frame overwrites this mark.
     pub fn mark(&self, writer: &mut Writer) {
         writer.marked = true;
         if writer.at + frame::HEADER_BYTES as u64 > writer.len {
@@ -320,8 +322,8 @@ impl Inner {
         }
     }
 
-    /// The end of a clean close: the last frame is proven, so that the next opening has nothing
-    /// to repeat, and no zeros to read; where the log ends is noted.
+    /// Finishes a clean close: the last frame is proven, so that the next opening has nothing to repeat
+    /// and no zeros to read, and the end of the log is stored.
     pub fn seal(&self) {
         let mut writer = lock(&self.writer);
         self.mark(&mut writer);
@@ -337,7 +339,7 @@ impl Inner {
         self.stop("closed");
     }
 
-    /// True to try again, false once closing.
+    /// Waits for space. Returns true to try again, false once closing.
     fn wait_for_space(&self) -> bool {
         let front = lock(&self.front);
         if front.closing {
@@ -351,7 +353,7 @@ impl Inner {
 }
 
 impl Writer {
-    /// A header with everything but what the frame holds.
+    /// Returns a header with everything except what depends on the frame's contents.
     pub fn header(&self) -> Header {
         Header {
             marker: self.salt,
@@ -374,7 +376,7 @@ impl Writer {
     }
 }
 
-/// The bytes for the tail; a buffer that is mostly room is copied from and kept.
+/// Returns the bytes for the tail. A buffer that is mostly unused is copied from and kept.
 fn settle(buffer: BytesMut, spare: &mut BytesMut) -> Bytes {
     if buffer.len() * 2 < buffer.capacity() {
         let bytes = Bytes::copy_from_slice(&buffer);

@@ -1,16 +1,15 @@
-//! CRC32C of two runs of bytes in a row, from the CRC of each.
+//! Combines the CRC32C of two consecutive runs of bytes.
 //!
-//! A CRC is a polynomial over GF(2) modulo P. That of A followed by B is
-//! crc(A) x^(8 |B|) + crc(B), and x^(8 |B|) is a product of the powers below,
-//! one for each bit of |B|. So whoever copies bytes sums them while they are in
-//! its cache, and the committer sums only what lies between. (The crate's
-//! `crc32c_combine` squares some twenty matrices for it in each call.)
+//! A CRC is a polynomial over GF(2) modulo P. The CRC of A followed by B is crc(A) x^(8 |B|) + crc(B),
+//! and x^(8 |B|) is a product of the powers below, one for each bit of |B|. So a thread that copies
+//! bytes computes their CRC while they are in its cache, and the committer computes only the CRC of the
+//! rest. (The crate's `crc32c_combine` squares some twenty matrices for this in each call.)
 
-/// Castagnoli's polynomial, the bit of x^31 lowest, without x^32.
+/// Castagnoli's polynomial, with the bit of x^31 lowest, without x^32.
 const P: u32 = 0x82f6_3b78;
 /// The polynomial 1.
 const ONE: u32 = 1 << 31;
-/// x^8, x^16, x^32: each the square of the one before.
+/// x^8, x^16, x^32: each is the square of the previous one.
 const POWERS: [u32; 32] = {
     let mut powers = [ONE >> 8; 32];
     let mut i = 1;
@@ -21,13 +20,13 @@ const POWERS: [u32; 32] = {
     powers
 };
 
-/// CRC32C of what `crc` is of, followed by `len` bytes whose CRC32C is `next`.
+/// Returns the CRC32C of bytes with the CRC `crc`, followed by `len` bytes with the CRC `next`.
 pub fn followed_by(crc: u32, next: u32, len: u32) -> u32 {
     let powers = POWERS.iter().enumerate().filter(|(bit, _)| len >> bit & 1 == 1);
     powers.fold(crc, |crc, (_, power)| product(crc, *power)) ^ next
 }
 
-/// Modulo P.
+/// Returns the product modulo P.
 const fn product(a: u32, mut b: u32) -> u32 {
     let mut sum = 0;
     let mut bit = 32;

@@ -1,8 +1,8 @@
-//! What the log asks of a disk: files and folders, each sync by name.
+//! The disk operations that the log uses: files and folders, with a name for each sync.
 //!
-//! The real one is plain POSIX. The simulated one (`sim`) loses, reorders and
-//! tears whatever was not synced. [`Uninterrupted`] makes what a signal interrupts go
-//! on, and [`SlowDisk`] adds time to every sync.
+//! The real disk uses plain POSIX calls. The simulated one (`sim`) loses, reorders and tears data that
+//! was not synced. [`Uninterrupted`] repeats calls that a signal interrupted, and [`SlowDisk`] adds time
+//! to every sync.
 
 use std::collections::HashMap;
 use std::fs;
@@ -16,23 +16,24 @@ use std::time::Duration;
 use crate::files::{Locked, is_at, lacks_descriptor};
 use crate::stream::Lack;
 
-/// Where a sync stands in the log's protocol. A test takes out each in turn
-/// and shows that something acknowledged is lost.
+/// Place of a sync in the log's protocol. A test removes each in turn and shows that something
+/// acknowledged is lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum SyncSite {
-    /// The frame that acks wait for.
+    /// Sync of the frame for which acknowledgements wait.
     Frame,
-    /// Header, checkpoint and rewritten frames of a new segment, before it gets its name.
+    /// Sync of header, checkpoint and rewritten frames of a new segment, before the segment gets its
+    /// name.
     Segment,
-    /// The folder, once a new segment has its name.
+    /// Sync of the folder after a new segment got its name.
     SegmentName,
-    /// The stream's metadata, before it gets its name.
+    /// Sync of the stream's metadata, before the file gets its name.
     Metadata,
-    /// The folder, once the metadata has its name.
+    /// Sync of the folder after the metadata got its name.
     MetadataName,
-    /// The parent folder, once the stream's folder is made.
+    /// Sync of the parent folder after the stream's folder was created.
     Folder,
-    /// The folder, once a segment was removed: before the next is removed.
+    /// Sync of the folder after a segment was removed, before the next one is removed.
     Removal,
 }
 
@@ -49,77 +50,79 @@ impl SyncSite {
 }
 
 #[expect(clippy::len_without_is_empty, reason = "nobody asks a segment file whether it is empty")]
-/// One open file. Writes and reads name their place; nothing is durable before `sync`.
+/// An open file. Reads and writes state their position. Nothing is durable before `sync`.
 pub trait File: Send + Sync {
-    /// Fills `buf` from `at`, short only at the end of the file.
+    /// Fills `buf` from `at`; returns less only at the end of the file.
     fn read_at(&self, buf: &mut [u8], at: u64) -> io::Result<usize>;
 
-    /// Writes all the parts one after the other.
+    /// Writes all parts one after the other.
     fn write_at(&self, parts: &[&[u8]], at: u64) -> io::Result<()>;
 
-    /// Begins what the next sync has to do for these bytes, where that can be. Nothing
-    /// is durable by it, and that sync says what failed.
+    /// Starts writing these bytes to the disk for the next sync, if possible. It makes nothing durable,
+    /// and errors are reported by that sync.
     fn start_sync(&self, _at: u64, _len: u64) {}
 
-    /// Makes content and length durable (fdatasync).
+    /// Makes contents and length durable (fdatasync).
     fn sync(&self, site: SyncSite) -> io::Result<()>;
 
-    /// Takes the blocks for the first `len` bytes, so that writes there cannot
-    /// run out of space. The bytes read as zeros.
+    /// Allocates the blocks for the first `len` bytes, so that writes there cannot run out of space. The
+    /// bytes read as zeros.
     fn preallocate(&self, len: u64) -> io::Result<()>;
 
     fn truncate(&self, len: u64) -> io::Result<()>;
 
     fn len(&self) -> io::Result<u64>;
 
-    /// Asks that the first `len` bytes are read from the disk when they are read next.
+    /// Drops the first `len` bytes from the cache, so that they are read from the disk next time.
     fn forget_cached(&self, _len: u64) {}
 
-    /// Returns whether the path leads to this file. A disk without folders that move says so always.
+    /// Returns whether the path leads to this file. A disk whose folders cannot move always returns
+    /// true.
     fn is_at(&self, _path: &Path) -> io::Result<bool> {
         Ok(true)
     }
 }
 
-/// Files of folders. All paths are absolute or relative to the process.
+/// Files and folders. All paths are absolute, or relative to the process.
 pub trait Disk: Send + Sync {
-    /// Creates or opens for reading and writing.
+    /// Creates or opens a file for reading and writing.
     fn open(&self, path: &Path, create: Create) -> io::Result<Arc<dyn File>>;
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
 
     fn remove(&self, path: &Path) -> io::Result<()>;
 
-    /// Names of the files in a folder, in no order.
+    /// Returns the names of the files in a folder, in any order.
     fn list(&self, dir: &Path) -> io::Result<Vec<String>>;
 
-    /// Makes the folder where it is missing; says whether it was.
+    /// Creates a folder if it is missing, and returns whether it was.
     fn create_dir(&self, dir: &Path) -> io::Result<bool>;
 
     /// Makes names that were created, renamed or removed in the folder durable.
     fn sync_dir(&self, dir: &Path, site: SyncSite) -> io::Result<()>;
 
-    /// Held until dropped; fails with `WouldBlock` where another process holds it.
+    /// Takes a lock, which is held until the result is dropped. Fails with `WouldBlock` if another
+    /// process holds it.
     fn lock(&self, path: &Path) -> io::Result<Box<dyn Send + Sync>>;
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Create {
-    /// Empty, whatever was there.
+    /// An empty file, which replaces any existing one.
     Fresh,
-    /// As it is; it must be there.
+    /// The existing file, which must exist.
     Existing,
-    /// As it is, never written to.
+    /// The existing file, which is never written.
     ReadOnly,
 }
 
-/// Whether an error says that there is no room: out of space or over quota.
+/// Returns whether an error means that there is no room: out of space or over quota.
 pub fn is_full(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
-/// Returns what an error says is lacking, where that passes by itself: the call is worth
-/// another try later.
+/// Returns the lacking resource for an error that resolves itself, so that the call can be repeated
+/// later.
 pub fn lacking(error: &io::Error) -> Option<Lack> {
     match error.raw_os_error() {
         _ if is_full(error) => Some(Lack::Disk),
@@ -129,7 +132,7 @@ pub fn lacking(error: &io::Error) -> Option<Lack> {
     }
 }
 
-/// Calls until no signal interrupts it.
+/// Repeats a call until no signal interrupts it.
 fn uninterrupted<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     loop {
         match call() {
@@ -151,14 +154,14 @@ pub fn read_all(file: &dyn File, len_max: u64) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Spare file descriptors of a disk.
+/// Number of spare file descriptors of a disk.
 const SPARES: usize = 3;
 
 /// The disk of this machine.
 #[derive(Clone, Debug, Default)]
 pub struct RealDisk {
-    /// Folders that were synced, kept open: a name that is there already must not stay
-    /// unsynced for want of a file descriptor.
+    /// Folders that were synced, kept open, so that a new name can be synced even without a free file
+    /// descriptor.
     folders: Arc<Mutex<HashMap<PathBuf, Arc<fs::File>>>>,
     spares: Arc<Spares>,
 }
@@ -234,13 +237,13 @@ impl File for fs::File {
     }
 }
 
-/// File descriptors that are taken ahead, so that the log finds one where the process has no more.
+/// File descriptors that are reserved, so that the log can open a file when the process has no more.
 #[derive(Debug, Default)]
 struct Spares(Mutex<Vec<fs::File>>);
 
 impl Spares {
-    /// Opens a file, giving up spares as long as that is for want of a file descriptor, and
-    /// takes new ones where there are any.
+    /// Opens a file. Releases spares while there is no free file descriptor, and reserves new ones if
+    /// there are any.
     fn open(&self, open: impl Fn() -> io::Result<fs::File>) -> io::Result<fs::File> {
         let mut opened = open();
         let mut spares = super::lock(&self.0);
@@ -313,8 +316,8 @@ impl Disk for RealDisk {
     }
 }
 
-/// A disk whose calls are made again where a signal interrupted them. Each may be: a write
-/// says its place.
+/// A disk whose calls are repeated if a signal interrupted them. Every call can be, because a write
+/// states its position.
 pub struct Uninterrupted(pub Arc<dyn Disk>);
 
 struct UninterruptedFile(Arc<dyn File>);
@@ -373,7 +376,7 @@ impl Disk for Uninterrupted {
     }
 }
 
-/// A disk whose every sync takes longer: for benchmarks.
+/// A disk whose every sync takes longer, for benchmarks.
 pub struct SlowDisk {
     pub disk: Arc<dyn Disk>,
     pub extra: Duration,
@@ -441,7 +444,7 @@ impl Disk for SlowDisk {
     }
 }
 
-/// The folder that holds `dir`.
+/// Returns the folder that holds `dir`.
 pub fn parent(dir: &Path) -> PathBuf {
     dir.parent().map(Path::to_path_buf).unwrap_or_default()
 }

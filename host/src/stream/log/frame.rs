@@ -51,11 +51,11 @@ const DATA: u16 = 2;
 const STATE: u16 = 3;
 
 pub mod flags {
-    /// First frame of a checkpoint: the state map starts empty here.
+    /// First frame of a checkpoint. The state map is empty before it.
     pub const CHECKPOINT_BEGIN: u16 = 1;
     /// Last frame of a checkpoint.
     pub const CHECKPOINT_END: u16 = 2;
-    /// Only says what is durable; the next frame may be written over it.
+    /// Only states what is durable. The next frame may overwrite it.
     pub const MARK: u16 = 4;
 }
 
@@ -84,12 +84,12 @@ pub struct Header {
     pub received_greatest_us: u64,
     pub sequence: u64,
     pub previous_crc: u32,
-    /// As read or written: header length and CRC.
+    /// Header length as read or written.
     pub header_len: u16,
     pub crc: u32,
 }
 
-/// Why bytes are no frame.
+/// Why bytes are not a valid frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Broken {
     #[error("the bytes end within the frame")]
@@ -108,7 +108,7 @@ pub enum Broken {
     State,
 }
 
-/// A frame whose every word was checked; ranges within the bytes it was decoded from.
+/// A frame whose every word was checked. Its ranges refer to the bytes from which it was decoded.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Decoded {
     pub header: Header,
@@ -118,7 +118,7 @@ pub struct Decoded {
 }
 
 impl Header {
-    /// Header and body.
+    /// Returns the length of header and body.
     pub fn total_len(&self) -> u64 {
         u64::from(self.header_len) + u64::from(self.stored_len)
     }
@@ -127,7 +127,7 @@ impl Header {
         self.base + u64::from(self.count)
     }
 
-    /// Sets length and CRC, gives the bytes.
+    /// Sets length and CRC, and returns the bytes.
     pub fn encode(&mut self) -> [u8; HEADER_BYTES] {
         self.header_len = HEADER_BYTES as u16;
         let mut out = [0; HEADER_BYTES];
@@ -154,7 +154,7 @@ impl Header {
     }
 }
 
-/// The header at the start of `bytes`. Total over any bytes.
+/// Decodes the header at the start of `bytes`. Accepts any bytes.
 pub fn decode_header(bytes: &[u8]) -> Result<Header, Broken> {
     let fixed = bytes.first_chunk::<HEADER_BYTES>().ok_or(Broken::Short)?;
     let header_len = u16_at(fixed, 8);
@@ -204,7 +204,7 @@ pub fn decode_header(bytes: &[u8]) -> Result<Header, Broken> {
     Ok(header)
 }
 
-/// The whole frame at the start of `bytes`, every entry checked. Total over any bytes.
+/// Decodes the whole frame at the start of `bytes`, and checks every entry. Accepts any bytes.
 pub fn decode(bytes: &[u8], partitions: u16) -> Result<Decoded, Broken> {
     let header = decode_header(bytes)?;
     let body_at = header.header_len as usize;
@@ -247,14 +247,14 @@ pub fn decode(bytes: &[u8], partitions: u16) -> Result<Decoded, Broken> {
     Ok(decoded)
 }
 
-/// Bytes of a frame with these parts.
+/// Returns the length of a frame with these parts.
 pub fn frame_len(entries: usize, data: usize, state: usize) -> usize {
     let section = |len: usize| if len == 0 { 0 } else { SECTION_BYTES + len.next_multiple_of(ALIGN) };
     HEADER_BYTES + section(entries) + section(data) + section(state)
 }
 
-/// The small parts around entries, data and state: what is written is
-/// [`Around::parts`], one after the other.
+/// The small parts around entries, data and state. [`Around::parts`] returns all parts in the order in
+/// which they are written.
 pub struct Around {
     header: [u8; HEADER_BYTES],
     sections: [[u8; SECTION_BYTES]; 3],
@@ -266,7 +266,7 @@ impl Around {
         Self::summed(header, (entries, crc32c::crc32c(entries)), (data, crc32c::crc32c(data)), state)
     }
 
-    /// The same for entries and data whose CRC32C is known: does not look at them.
+    /// Fills in lengths and CRCs for entries and data whose CRC32C is known, without reading them.
     pub fn summed(
         header: &mut Header,
         (entries, entries_crc): (&[u8], u32),
@@ -333,13 +333,13 @@ pub fn push_message(entries: &mut bytes::BytesMut, data: &mut bytes::BytesMut, m
     data.extend_from_slice(m.route.as_bytes());
 }
 
-/// Most data bytes that [`push_message`] adds.
+/// Returns the most data bytes that [`push_message`] adds.
 #[inline]
 pub fn message_bytes(m: &NewMessage<'_>) -> usize {
     m.topic.len() + m.device.len() + m.payload.len() + m.properties.len() + m.route.len()
 }
 
-/// Whether every length has room in an entry.
+/// Checks that every length fits into an entry.
 #[inline]
 pub fn message_fits(m: &NewMessage<'_>) -> Result<(), &'static str> {
     if m.topic.len() > crate::topic::TOPIC_BYTES_MAX {
@@ -357,7 +357,7 @@ pub fn message_fits(m: &NewMessage<'_>) -> Result<(), &'static str> {
     }
 }
 
-/// Where `part` begins within `whole`, where it is a slice of it.
+/// Returns the offset of `part` in `whole`, if it is a slice of it.
 #[inline]
 fn slice_begin(whole: &str, part: &str) -> Option<u16> {
     let begin = (part.as_ptr() as usize).wrapping_sub(whole.as_ptr() as usize);
@@ -365,7 +365,7 @@ fn slice_begin(whole: &str, part: &str) -> Option<u16> {
         .then_some(begin as u16)
 }
 
-/// Entry `i` as a batch has it, its spans in segment 0. The frame was checked or made here.
+/// Returns entry `i` as in a batch, with its spans in segment 0. The frame was checked or created here.
 #[inline]
 pub fn entry(entries: &[u8], i: usize) -> Entry {
     let bytes = &entries[i * ENTRY_BYTES..(i + 1) * ENTRY_BYTES];
@@ -410,7 +410,7 @@ impl Lengths {
         }
     }
 
-    /// Of topic, device, payload, properties, route.
+    /// Returns the offsets of topic, device, payload, properties, route.
     #[inline]
     fn begins(&self) -> [usize; 5] {
         let after_topic = self.begin + self.topic;
@@ -452,7 +452,7 @@ pub fn change_len(key: &[u8], value: Option<&[u8]>) -> usize {
     CHANGE_BYTES + key.len() + value.map_or(0, <[u8]>::len)
 }
 
-/// State changes in order; ends at the first that is not whole.
+/// State changes in order, up to the first incomplete one.
 pub struct Changes<'a>(pub &'a [u8]);
 
 impl<'a> Iterator for Changes<'a> {

@@ -1,12 +1,12 @@
-//! The stream's metadata: which log this is, and its generations. One small
-//! JSON file, `STREAM`, replaced as a whole.
+//! The stream's metadata: the identity of the log, and its generations. It is one small JSON file,
+//! `STREAM`, which is replaced as a whole.
 //!
-//! A generation is the messages written with one partition count; more than
-//! one comes with re-partitioning, for which the format is ready. Segments
-//! repeat what is here, so that a damaged file can be made again from them.
+//! A generation is the messages written with one partition count. More than one generation comes with
+//! re-partitioning, for which the format is ready. Segments repeat the metadata, so that a damaged file
+//! can be rebuilt from them.
 //!
-//! `openings` says who wrote which offsets (see [`Opening`]), `closed` how far the log
-//! went when it was last closed, so that an end that got lost since is known.
+//! `openings` records who wrote which offsets (see [`Opening`]), and `closed` how far the log went when
+//! it was last closed, so that an end that was lost since is detected.
 
 use std::io;
 use std::path::Path;
@@ -28,14 +28,14 @@ pub struct Metadata {
     pub version: u32,
     #[serde(with = "uuid_text")]
     pub log: Uuid,
-    /// Counts the openings for writing.
+    /// Number of openings for writing.
     pub epoch: u64,
-    /// Oldest first; the last is written to.
+    /// Generations, oldest first. The last one is written to.
     pub generations: Vec<Generation>,
-    /// Id and first offset, oldest first.
+    /// Ids and first offsets of openings, oldest first.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub openings: Vec<(u64, u64)>,
-    /// `None` while it is written to, and after a crash.
+    /// End of the closed log; `None` while it is being written, and after a crash.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub closed: Option<Closed>,
 }
@@ -45,19 +45,19 @@ pub struct Metadata {
 pub struct Closed {
     /// One past the last message.
     pub offset: u64,
-    /// One past the sequence of the last frame.
+    /// One past the sequence number of the last frame.
     pub frames: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Generation {
     pub generation: u32,
-    /// `log`; a Kafka topic will be another.
+    /// `log`; a Kafka topic will be another value.
     pub backend: String,
     pub partitions: u16,
-    /// How a device finds its partition: `xxh3-64`.
+    /// How a device is mapped to its partition: `xxh3-64`.
     pub hash: String,
-    /// Nothing is added any more.
+    /// Whether nothing is added any more.
     pub frozen: bool,
 }
 
@@ -68,12 +68,12 @@ impl Metadata {
         Self { version: 1, log, epoch, generations: vec![generation], openings: Vec::new(), closed: None }
     }
 
-    /// As the newest segments tell it.
+    /// Rebuilds the metadata from the newest segments.
     pub fn from_segment(header: &segment::Header) -> Self {
         Self::new(header.log, header.generation, header.partitions, header.epoch)
     }
 
-    /// Never written before.
+    /// Returns whether the log was never written.
     pub fn is_new(&self) -> bool {
         self.epoch <= 1
     }
@@ -91,7 +91,7 @@ impl Metadata {
     }
 }
 
-/// `Ok(None)` where there is none, `InvalidData` where it is damaged.
+/// Reads the metadata. Returns `Ok(None)` if there is none, `InvalidData` if it is damaged.
 pub fn read(disk: &dyn Disk, dir: &Path) -> io::Result<Option<Metadata>> {
     let file = match disk.open(&dir.join(NAME), Create::ReadOnly) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -106,7 +106,7 @@ pub fn read(disk: &dyn Disk, dir: &Path) -> io::Result<Option<Metadata>> {
     Ok(Some(metadata))
 }
 
-/// Replaces it: after a crash the old or the new one is there, whole.
+/// Replaces the metadata. After a crash either the old or the new file is there, complete.
 pub fn write(disk: &dyn Disk, dir: &Path, metadata: &Metadata) -> io::Result<()> {
     let bytes = serde_json::to_vec_pretty(metadata).map_err(io::Error::other)?;
     let temporary = dir.join(TEMPORARY);

@@ -1,4 +1,4 @@
-//! What a log says of itself, counted per commit.
+//! Metrics of a log, counted for each commit.
 
 use std::time::Duration;
 

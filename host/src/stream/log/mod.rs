@@ -1,11 +1,10 @@
-//! The embedded log: acknowledged means durable.
+//! The embedded log, in which acknowledged means durable.
 //!
-//! An append is copied into the buffer of the next frame (`append`); the
-//! committer writes that frame, syncs once, and shows it (`commit`). Readers
-//! take it from the tail in memory or from disk (`tail`, `cursor`, `scan`).
-//! Segments are made ahead and removed when retention says so (`retain`).
-//! Opening finds what is torn, damaged or unproven (`recover`). The layout on
-//! disk is in `segment` and `frame`; a disk is whatever `disk` says.
+//! An append is copied into the buffer of the next frame (`append`). The committer writes that frame,
+//! syncs once, and publishes it (`commit`). Readers take it from the tail in memory or from disk
+//! (`tail`, `cursor`, `scan`). Segments are created ahead, and removed by retention (`retain`). Opening
+//! finds torn, damaged and unproven frames (`recover`). The layout on disk is in `segment` and `frame`;
+//! `disk` is the interface to the disk.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, ErrorKind};
@@ -63,13 +62,13 @@ use crate::batch::Offset;
 use crate::telemetry::Failures;
 use crate::threads;
 
-/// A stream in a folder of its own. Dropping it commits what is buffered.
+/// A stream in a folder of its own. When it is dropped, buffered appends are committed.
 pub struct Log {
     inner: Arc<Inner>,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
-/// Lock order: `writer`, `trimming`, then `front`, `back` or any other, one at a time.
+/// Shared state. Lock order: `writer`, `trimming`, then `front`, `back` or any other, one at a time.
 pub(crate) struct Inner {
     name: String,
     dir: PathBuf,
@@ -81,7 +80,7 @@ pub(crate) struct Inner {
     reserve_bytes: u64,
     max_bytes: u64,
     max_age: Option<Duration>,
-    /// Until the log serves: its first segment may go over `max_bytes`.
+    /// Set until the log serves. Its first segment may then exceed `max_bytes`.
     opening: AtomicBool,
     may_use_reserve: AtomicBool,
     use_reserve_while_running: bool,
@@ -96,44 +95,44 @@ pub(crate) struct Inner {
     failures: Failures,
 
     front: Mutex<append::Front>,
-    /// With `front`: work for the committer.
+    /// With `front`: wakes the committer.
     wake: Condvar,
     writer: Mutex<commit::Writer>,
-    /// The segment that is written to and its file, for those who may not wait for the committer.
+    /// The active segment and its file, for callers that must not wait for the committer.
     active: Mutex<(u64, Arc<dyn disk::File>)>,
     back: RwLock<Back>,
-    /// The [`Lack`] that appends wait for, as its code; 0 while they are taken.
+    /// Code of the [`Lack`] for which appends wait; 0 while they are accepted.
     lack: AtomicU8,
-    /// Set while the disk has no room for the reserve: it was used, or could not be made.
+    /// Set while the disk has no room for the reserve, because it was used or could not be created.
     reserve_lacks_room: AtomicBool,
-    /// Set while an old segment that may go cannot be removed.
+    /// Set while an expired segment cannot be removed.
     removal_fails: AtomicBool,
 
-    /// Since when the committer is at work on the disk.
+    /// Since when the committer is working on the disk.
     at_work_since: Mutex<Option<Instant>>,
     slowness: Mutex<slow::Slowness>,
     prepared: Mutex<Option<retain::Prepared>>,
     prepare_asked: AtomicBool,
-    /// One round at a time; whether a removal is still to be synced.
+    /// Permits one round at a time. True if a removal still has to be synced.
     trimming: Mutex<bool>,
     wanted: Mutex<retain::Wanted>,
-    /// With `wanted`: work for the keeper.
+    /// With `wanted`: wakes the keeper.
     keeper: Condvar,
 
-    /// Gone once stopped.
+    /// The durable ticket; `None` once the log has stopped.
     durable: Mutex<Option<watch::Sender<Ticket>>>,
-    /// Counts what readers may look at.
+    /// Changes when there may be something new for readers.
     moved: watch::Sender<u64>,
-    /// Counts what waiting writers may look at.
+    /// Changes when there may be room for waiting writers.
     space: watch::Sender<u64>,
     stopped: watch::Sender<Option<Arc<str>>>,
     /// Held as long as the log is open.
     _lock: Box<dyn Send + Sync>,
 }
 
-/// What readers and retention see: durable, in order.
+/// What readers and retention see: durable messages, in order.
 struct Back {
-    /// Oldest first; the last is written to.
+    /// Segments, oldest first. The last one is written to.
     segments: VecDeque<recover::Segment>,
     tail: tail::Tail,
     /// One past the last durable message.
@@ -148,7 +147,7 @@ impl Back {
 }
 
 impl Log {
-    /// Opens or makes the stream in `dir`. Blocking; reads the newest segment.
+    /// Opens or creates the stream in `dir`. Blocks, and reads the newest segment.
     pub fn open(
         disk: Arc<dyn Disk>,
         dir: &Path,
@@ -163,8 +162,8 @@ impl Log {
         Ok((Arc::new(Self { inner, threads: Mutex::new(threads) }), recovery))
     }
 
-    /// Readers that retention respects and that are not attached in this
-    /// process: of a pipeline that was removed, say. [`Log::forget`] releases them.
+    /// Returns the readers that retention respects and that are not attached in this process, such as
+    /// those of a removed pipeline. [`Log::forget`] releases them.
     pub fn remembered(&self) -> Vec<(String, Offset)> {
         let back = read(&self.inner.back);
         let mark = |(name, mark): (&String, &retain::Mark)| {
@@ -174,7 +173,7 @@ impl Log {
         back.marks.iter().filter_map(mark).collect()
     }
 
-    /// Forgets a reader's position: retention no longer waits for it.
+    /// Forgets a reader's position, so that retention no longer waits for it.
     pub fn forget(&self, consumer: &str) {
         self.inner.detach(consumer);
     }
@@ -314,7 +313,7 @@ impl Stream for Log {
 }
 
 impl Inner {
-    /// No more appends; the committer writes what there is, then stops.
+    /// Stops accepting appends. The committer writes what is buffered, then stops.
     fn start_closing(&self) {
         self.save_marks(true);
         lock(&self.front).closing = true;
@@ -337,7 +336,7 @@ impl Inner {
         }
     }
 
-    /// For ever: nothing that is not durable yet will be acknowledged.
+    /// Stops the log for good: nothing that is not durable yet will be acknowledged.
     fn fail(&self, what: &str, error: &io::Error) {
         let folder = self.dir.display();
         tracing::error!(stream = %self.name, %folder, %error,

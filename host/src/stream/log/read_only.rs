@@ -1,9 +1,8 @@
-//! Reads a log's folder from another process while the host runs: only
-//! messages that something on disk proves durable.
+//! Reads a log's folder from another process while the host runs. Returns only messages that something
+//! on disk proves to be durable.
 //!
-//! The host writes on meanwhile, so what was read from a file may be half old.
-//! A whole frame that is proven is final. That there is nothing, or damage, is
-//! believed only after the file was read again.
+//! The host may be writing, so bytes that were read may be partly old. A whole frame that is proven is
+//! final. Absence or damage is accepted only after the file was read again.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -26,7 +25,7 @@ use crate::batch::Offset;
 use crate::files::found;
 use crate::stream::{BeginNow, Delivered, GapCause, Identity, Read, StateEntries};
 
-/// Looks at a folder whose oldest segments go while it is looked at.
+/// Most attempts to read a folder whose oldest segments are removed meanwhile.
 const LOOKS_MAX: usize = 8;
 
 /// A reader that takes no lock and writes nothing.
@@ -34,27 +33,27 @@ pub struct ReadOnly {
     disk: Box<dyn Disk>,
     dir: PathBuf,
     at: u64,
-    /// Frames that were appended before are passed over.
+    /// Append time before which frames are skipped.
     since_us: u64,
     open: Option<Open>,
 }
 
-/// What a log remembers of its readers, for who asks what a host would do with it.
+/// What a log remembers about its readers, for programs that determine what a host would do with it.
 pub struct Remembered {
     pub identity: Identity,
-    /// First offset kept and one past the last that is proven durable.
+    /// First stored offset, and one past the last that is proven to be durable.
     pub bounds: Range<Offset>,
     marks: BTreeMap<String, Mark>,
 }
 
 impl Remembered {
-    /// Returns what a reader of this name would be told of earlier deliveries.
+    /// Returns what a reader of this name would be told about earlier deliveries.
     pub fn delivered(&self, consumer: &str) -> Delivered {
         delivered_to(&self.marks, consumer)
     }
 
-    /// Returns the first of these names that a reader has, else the first of them: the one whose place a
-    /// reader with the others as former names would take.
+    /// Returns the first of these names that a reader has, otherwise the first of them: the reader whose
+    /// place a new reader with the others as former names would take.
     pub fn reader(&self, consumer: String, mut formerly: impl Iterator<Item = String>) -> String {
         match self.marks.contains_key(&consumer) {
             true => consumer,
@@ -62,7 +61,8 @@ impl Remembered {
         }
     }
 
-    /// Returns how many messages the reader that is farthest behind lacks, of those for which this holds.
+    /// Returns how many messages the reader that is farthest behind lacks, of the readers for which
+    /// `is_meant` is true.
     pub fn lacked(&self, is_meant: impl Fn(&str) -> bool) -> u64 {
         let readers = self.marks.iter().filter(|(name, _)| is_meant(name));
         let next = readers.map(|(_, mark)| mark.next.load(Ordering::Relaxed).max(self.bounds.start.0));
@@ -75,23 +75,23 @@ impl Remembered {
     }
 }
 
-/// The segment that is read.
+/// The segment that is being read.
 struct Open {
     sequence: u64,
     first_frame: u64,
-    /// Base and first frame of the next segment, which proves all of this one.
+    /// Base offset and first frame of the next segment, which proves all of this one.
     next: Option<(u64, u64)>,
     scan: Scan,
-    /// Nothing wanted lies before it. Never past a mark, which is written over.
+    /// Place before which nothing wanted lies. Never after a mark, which is overwritten.
     from: Place,
-    /// Where the next frame will begin, and the mark that lies there, zeros after
-    /// it: while that is so, there is nothing new in this segment.
+    /// Position of the next frame, and the mark that is there, with zeros after it. While this is so,
+    /// there is nothing new in this segment.
     end: Option<(u64, Vec<u8>)>,
 }
 
 enum Found {
     Frame(Frame),
-    /// No whole frame up to here.
+    /// There is no whole frame up to here.
     GapTo(u64),
     Nothing,
 }
@@ -107,15 +107,15 @@ impl ReadOnly {
         Self { disk, dir: dir.to_path_buf(), at: from.0, since_us: 0, open: None }
     }
 
-    /// Passes over what is older than `age_max`, as if retention had removed it already.
+    /// Skips messages older than `age_max`, as if retention had already removed them.
     pub fn newer_than(mut self, age_max: Option<Duration>) -> Self {
         let (wall_us, _) = clock::system()();
         self.since_us = age_max.map_or(0, |age_max| self.append_time(wall_us, age_max));
         self
     }
 
-    /// Returns the append time of `ago`, 0 where it is not known. The host that writes the log
-    /// measures more exactly.
+    /// Returns the append time of `ago`; 0 if it is not known. The host that writes the log measures
+    /// more exactly.
     fn append_time(&self, wall_us: u64, ago: Duration) -> u64 {
         let replay = |segments: Vec<_>| recover::replay(&*self.disk, &self.dir, &segments, None).ok();
         let Some(replayed) = self.segments().ok().and_then(replay) else { return 0 };
@@ -127,13 +127,13 @@ impl ReadOnly {
         timeline.append_at(timeline.elapsed_at(now_us).saturating_sub(ago.as_micros() as u64))
     }
 
-    /// Reads from `from` on.
+    /// Continues to read from `from`.
     pub fn seek(&mut self, from: Offset) {
         self.at = from.0;
         self.open = None;
     }
 
-    /// Offset of the next message to be read.
+    /// Returns the offset of the next message to be read.
     pub fn position(&self) -> Offset {
         Offset(self.at)
     }
@@ -149,14 +149,14 @@ impl ReadOnly {
         Ok(names)
     }
 
-    /// Returns the number of partitions that the log was made with; `None` where it was never opened
+    /// Returns the number of partitions with which the log was created; `None` if it was never opened
     /// for writing.
     pub fn partitions(&self) -> io::Result<Option<u16>> {
         let metadata = generations::read(&*self.disk, &self.dir)?;
         Ok(metadata.and_then(|metadata| metadata.current().map(|generation| generation.partitions)))
     }
 
-    /// Returns what the log remembers of its readers; `None` where it was never opened for writing.
+    /// Returns what the log remembers about its readers; `None` if it was never opened for writing.
     pub fn remembered(&self) -> Result<Option<Remembered>, OpenError> {
         let failed = |error| self.io_error(error);
         let Some(metadata) = generations::read(&*self.disk, &self.dir).map_err(failed)? else {
@@ -170,7 +170,7 @@ impl ReadOnly {
         Ok(Some(Remembered { identity, bounds: self.bounds()?, marks }))
     }
 
-    /// First offset kept and one past the last that is proven durable.
+    /// Returns the first stored offset, and one past the last that is proven to be durable.
     pub fn bounds(&self) -> Result<Range<Offset>, OpenError> {
         let segments = self.segments()?;
         let start = segments.first().map_or(0, |s| s.header.base);
@@ -180,7 +180,7 @@ impl ReadOnly {
         Ok(Offset(start)..Offset(all.at))
     }
 
-    /// The next frame's messages, or a gap; `None` where nothing more is proven yet.
+    /// Returns the next frame's messages, or a gap; `None` if nothing more is proven yet.
     pub fn read(&mut self) -> Result<Option<Read>, OpenError> {
         if self.has_nothing_new().map_err(|error| self.io_error(error))? {
             return Ok(None);
@@ -210,8 +210,8 @@ impl ReadOnly {
         Ok(None)
     }
 
-    /// The state map's entries whose keys begin with `prefix`, in key order. A
-    /// change of the last moment may be missing, or not proven durable yet.
+    /// Returns the entries of the state map whose keys begin with `prefix`, in key order. A very recent
+    /// change may be missing, or not proven to be durable yet.
     pub fn state(&self, prefix: &[u8]) -> Result<StateEntries, OpenError> {
         let prefix = state::key(USERS, prefix);
         for _ in 0..LOOKS_MAX {
@@ -228,7 +228,7 @@ impl ReadOnly {
         Ok(Vec::new())
     }
 
-    /// By a look at a few bytes, where the last read came to the end.
+    /// Returns whether there is nothing new, by reading a few bytes, if the last read came to the end.
     fn has_nothing_new(&self) -> io::Result<bool> {
         let Some(Open { sequence, scan, end: Some((at, before)), .. }) = &self.open else {
             return Ok(false);
@@ -301,7 +301,7 @@ impl ReadOnly {
 }
 
 impl Open {
-    /// The first frame that is proven and holds something from `at` on.
+    /// Returns the first proven frame that holds something from `at` on.
     fn look(&mut self, at: u64) -> io::Result<Found> {
         let (end, void_from) = self.next.unwrap_or((u64::MAX, u64::MAX));
         let mut mark = Vec::new();

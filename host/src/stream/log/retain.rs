@@ -1,7 +1,6 @@
-//! Which segments go, and where new ones come from: retention by age and by
-//! bytes, attached readers, the next segment prepared ahead, the reserve for a
-//! full disk. Runs in the keeper's thread and, when a segment is full, in the
-//! committer's.
+//! Retention and segment files: which segments are removed, by age and by size, with regard to attached
+//! readers; the next segment, which is prepared ahead; and the reserve for a full disk. Runs in the
+//! keeper's thread and, when a segment is full, in the committer's.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -22,45 +21,45 @@ use crate::batch::Offset;
 use crate::stream::{Attachment, BeginNow, Delivered, Lack, OnLag};
 use crate::threads::{SHORT_TURN, offer_core};
 
-/// The first segment of a fresh log; each next one is four times as large, up to `segment_bytes`.
+/// Size of the first segment of a new log. Each next one is four times as large, up to `segment_bytes`.
 const FIRST_SEGMENT_BYTES: u64 = 4 << 20;
 const GROWTH: u64 = 4;
 const RESERVE: &str = "reserve";
 const RESERVE_NEW: &str = "reserve.tmp";
 const ROLLED: &str = "next.tmp";
-/// A segment ends when it is so old, as a part of `max_age`: what is in it goes that much later.
+/// Part of `max_age` at which a segment ends. Its messages are removed at most that much later.
 const AGE_PARTS: u32 = 8;
-/// The keeper looks at least so often.
+/// Longest interval between two rounds of the keeper.
 const KEEP_EVERY_MS: u64 = 1_000;
-/// Retention by bytes waits so long for a reader that was asked and does not move on.
+/// How long size-based retention waits for a reader that was asked and makes no progress.
 const ASKED_MAX: Duration = if cfg!(test) { Duration::from_millis(200) } else { Duration::from_secs(10) };
-/// It is asked so many segments before they must go.
+/// How many segments ahead a reader is asked.
 const ASKED_SEGMENTS: u64 = 2;
-/// In [`Mark::remembered`]: the reader has said where it is.
+/// Value of [`Mark::remembered`] once the reader has stated its position.
 const SAID: u64 = u64::MAX;
 const ZEROS: &[u8] = &[0; 1 << 20];
 
-/// In the names of prepared files: one that the committer took keeps its own
-/// while the keeper makes the next. (`.tmp`: removed at the next opening.)
+/// Number in the names of prepared files, so that a file that the committer took keeps its name while
+/// the keeper creates the next. (`.tmp` files are removed at the next opening.)
 static PREPARED: AtomicU64 = AtomicU64::new(0);
 
-/// A reader that retention knows of.
+/// A reader that retention knows.
 #[derive(Clone)]
 pub struct Mark {
     pub next: Arc<AtomicU64>,
-    /// How often it has said that it moves on.
+    /// How often it has reported progress.
     moves: Arc<AtomicU64>,
     pub on_lag: OnLag,
-    /// Where it was before it was attached; [`SAID`] once it says where it is.
+    /// Position before it was attached; [`SAID`] once it has stated its position.
     remembered: Arc<AtomicU64>,
     delivered: Arc<Mutex<Delivered>>,
     told: Arc<Mutex<Told>>,
-    /// The mark as a restart would find it; `None`: it could not be written down yet.
+    /// The mark as a restart would find it; `None` if it could not be stored yet.
     saved: Option<Kept>,
-    /// The mark is one that an earlier process wrote down, and its reader is not attached.
+    /// Whether an earlier process stored the mark, and its reader is not attached.
     is_left: bool,
     asked: watch::Sender<Offset>,
-    /// Where it was when it was last seen to hold a segment back, its moves, and since when.
+    /// Position and progress at the last check at which it held a segment back, and since when.
     held: Option<((u64, u64), Instant)>,
 }
 
@@ -80,8 +79,8 @@ impl Mark {
         }
     }
 
-    /// As it is to be written down. A reader that has not said where it is stays where it was, so
-    /// that what it can never have is known when it does.
+    /// Returns the mark as it is to be stored. A reader that has not stated its position keeps the
+    /// stored one, so that what it can never receive is known when it does.
     fn kept(&self) -> Kept {
         let remembered = self.remembered.load(Ordering::Relaxed);
         Kept {
@@ -92,7 +91,7 @@ impl Mark {
         }
     }
 
-    /// Asks for all below `upto`; it gets a while for each step.
+    /// Asks the reader to advance to `upto`. The reader is given some time for each step.
     fn ask(&mut self, upto: u64) {
         let next = self.next.load(Ordering::Relaxed);
         if !matches!(self.on_lag, OnLag::Ask | OnLag::Hold) || next >= upto {
@@ -110,7 +109,7 @@ impl Mark {
         });
     }
 
-    /// As if it had held a segment back for so much longer.
+    /// Makes the reader appear to have held a segment back for this much longer.
     #[cfg(test)]
     pub fn age(&mut self, by: Duration) {
         if let Some((_, since)) = &mut self.held {
@@ -118,7 +117,7 @@ impl Mark {
         }
     }
 
-    /// Whether it keeps what lies below `end` from going.
+    /// Returns whether the reader prevents the removal of messages below `end`.
     fn pins(&self, end: u64, for_bytes: bool) -> bool {
         // A reader whose database was restored while no host ran may need what lies below the mark: its
         // place is known once it is attached.
@@ -138,7 +137,7 @@ impl Mark {
     }
 }
 
-/// A file made ahead of its need, all its pages written.
+/// A file that was created ahead, with all its pages written.
 pub struct Prepared {
     pub file: Arc<dyn File>,
     pub len: u64,
@@ -152,7 +151,7 @@ pub struct Wanted {
     pub stop: bool,
 }
 
-/// The keeper's thread.
+/// Runs the keeper's thread.
 pub fn run(inner: &Inner) {
     loop {
         let wanted = lock(&inner.wanted);
@@ -172,7 +171,7 @@ pub fn run(inner: &Inner) {
 }
 
 impl Inner {
-    /// One round of housekeeping.
+    /// Performs one round of housekeeping.
     pub fn keep(&self, prepare: bool) {
         self.cut();
         self.end_by_age();
@@ -201,7 +200,7 @@ impl Inner {
         }
     }
 
-    /// Asks the committer for a new segment where the one in use has messages and is old.
+    /// Asks the committer for a new segment if the active one has messages and is old.
     fn end_by_age(&self) {
         let Some(age_max) = self.max_age else { return };
         let Some(since) = self.append_time(age_max / AGE_PARTS) else { return };
@@ -216,18 +215,18 @@ impl Inner {
         }
     }
 
-    /// The append time before which messages are past `max_age`, once the clock was set.
+    /// Returns the append time before which messages are older than `max_age`, once the clock was set.
     pub fn kept_since_us(&self) -> Option<u64> {
         self.append_time(self.max_age?)
     }
 
-    /// The append time of `ago`, once the clock was set.
+    /// Returns the append time of `ago`, once the clock was set.
     fn append_time(&self, ago: Duration) -> Option<u64> {
         let mut clock = lock(&self.clock);
         clock::is_set(clock.now()).then(|| clock.ago(ago))
     }
 
-    /// Keeps what the clock has to remember.
+    /// Stores the clock's timeline.
     fn save_clock(&self) {
         let Some(changed) = lock(&self.clock).changed() else { return };
         if !self.append_own(state::CLOCK, &[], Some(&changed)) {
@@ -240,8 +239,8 @@ impl Inner {
         self.keeper.notify_all();
     }
 
-    /// Gives back the room behind the last frame of segments that are full. What lies there is
-    /// void. Holds no lock meanwhile: a disk may take seconds for it.
+    /// Frees the space behind the last frame of full segments, where nothing valid lies. Holds no lock
+    /// meanwhile, because a disk may take seconds for it.
     fn cut(&self) {
         let cuts: Vec<(u64, u64)> = {
             let back = read(&self.back);
@@ -265,7 +264,7 @@ impl Inner {
         }
     }
 
-    /// A file for the next segment under a temporary name, with room for `least` bytes, and for
+    /// Creates a file for the next segment under a temporary name, with room for `least` bytes, and for
     /// `wanted` unless the log opens without that much room.
     pub fn new_file(&self, least: u64, wanted: u64) -> Result<(Arc<dyn File>, u64, PathBuf), CommitError> {
         let prepared = lock(&self.prepared).take();
@@ -317,7 +316,7 @@ impl Inner {
         }
     }
 
-    /// The reserve becomes the next segment: its blocks are there already.
+    /// Turns the reserve, whose blocks are allocated, into the next segment.
     fn use_reserve(&self, least: u64, path: PathBuf) -> Result<(Arc<dyn File>, u64, PathBuf), CommitError> {
         let full = CommitError::NoSpace(Lack::Disk);
         if !self.may_use_reserve.load(Ordering::Relaxed) {
@@ -335,8 +334,8 @@ impl Inner {
         Ok((file, len, path))
     }
 
-    /// Makes the reserve where it is missing or too short and there is room. It gets its name
-    /// once it has its blocks.
+    /// Creates the reserve if it is missing or too short and there is room. It gets its name after its
+    /// blocks are allocated.
     pub fn fill_reserve(&self) {
         let path = self.dir.join(RESERVE);
         if self.reserve_bytes == 0 {
@@ -364,8 +363,8 @@ impl Inner {
         }
     }
 
-    /// Writes the next segment's pages ahead, so that rolling does not stall
-    /// and each sync changes no metadata of the file.
+    /// Writes the next segment's pages ahead, so that changing to it does not stall, and a sync changes
+    /// no metadata of the file.
     pub fn prepare(&self) {
         if lock(&self.prepared).is_some() {
             return;
@@ -405,13 +404,13 @@ impl Inner {
             .max(2 * FRAMES_AT + 2 * lock(&self.front).state.checkpoint_bytes())
     }
 
-    /// Number of segments, and the bytes of their files.
+    /// Returns the number of segments, and the bytes of their files.
     pub fn sizes(&self) -> (usize, u64) {
         let back = read(&self.back);
         (back.segments.len(), back.segments.iter().map(|segment| segment.file_len).sum())
     }
 
-    /// Removes what retention says may go, oldest first; `room` more bytes are about to be taken.
+    /// Removes expired segments, oldest first. `room` more bytes are about to be used.
     pub fn trim(&self, room: u64) {
         let mut is_removed = lock(&self.trimming);
         let mut trim = || -> io::Result<()> {
@@ -433,8 +432,8 @@ impl Inner {
         }
     }
 
-    /// Removes the file of a segment that was taken out of the list. One that cannot be removed goes
-    /// back into the list: it counts, and is tried again.
+    /// Removes the file of a segment that was taken out of the list. If it cannot be removed, the
+    /// segment returns to the list, where it counts and is tried again.
     fn remove(&self, oldest: Segment) -> io::Result<()> {
         match self.disk.remove(&self.dir.join(segment::name(oldest.header.sequence))) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -448,9 +447,9 @@ impl Inner {
         }
     }
 
-    /// Takes the oldest segment out of the list, if it may go: a reader that comes now gets a gap, not
-    /// an error. Asks readers for what is next. Holds one lock throughout, so that a reader that goes
-    /// back either keeps the segment or finds that it is gone.
+    /// Takes the oldest segment out of the list, if it may be removed, so that a new reader gets a gap
+    /// and not an error. Asks readers about the next ones. Holds one lock throughout, so that a reader
+    /// that goes back either keeps the segment or finds that it is gone.
     fn take_expired(&self, room: u64) -> Option<Segment> {
         let ahead = ASKED_SEGMENTS * self.next_len();
         let kept_since = self.kept_since_us();
@@ -466,8 +465,8 @@ impl Inner {
         if due == 0 || pinned { None } else { back.segments.pop_front() }
     }
 
-    /// How many segments must go that all together take no more than `max_bytes`
-    /// with `room` more; never the last.
+    /// Returns how many segments must be removed so that all together, with `room` more bytes, take no
+    /// more than `max_bytes`; never the last.
     fn over(&self, back: &super::Back, room: u64) -> usize {
         let mut bytes = room + back.segments.iter().map(|segment| segment.file_len).sum::<u64>();
         let is_over = |segment: &&Segment| {
@@ -479,8 +478,8 @@ impl Inner {
         back.segments.iter().take(older).take_while(is_over).count()
     }
 
-    /// Writes down where readers are, once a segment and at a clean end: a restart must
-    /// not trim before they are attached again, and says how far they lag.
+    /// Stores the positions of readers, once for each segment and at a clean end: after a restart
+    /// retention must not remove anything before they are attached again, and their lag is known.
     pub fn save_marks(&self, is_end: bool) {
         let moved: Vec<(String, Kept)> = {
             let back = read(&self.back);
@@ -504,7 +503,7 @@ impl Inner {
         }
     }
 
-    /// Where there is no room it is tried again in the next round.
+    /// Stores one mark. If there is no room, it is tried again in the next round.
     fn save_mark(&self, consumer: &str, kept: Kept) {
         if self.append_own(state::OWN, consumer.as_bytes(), Some(&kept.encode()))
             && let Some(mark) = write(&self.back).marks.get_mut(consumer)
@@ -578,8 +577,8 @@ impl Inner {
     }
 }
 
-/// How many segments are older than `since_us`. A segment is as old as the start of the next;
-/// one from a time without a clock is as old as the first that has one.
+/// Returns how many segments are older than `since_us`. A segment is as old as the start of the next
+/// one. A segment from a time without a clock is as old as the first one with a clock.
 fn aged(back: &super::Back, since_us: u64) -> usize {
     let clocks = back.segments.iter().map(|segment| segment.header.clock_us);
     let set = clocks.enumerate().skip(1).filter(|(_, us)| clock::is_set(*us));
@@ -591,7 +590,7 @@ struct Attached {
     consumer: String,
     next: Arc<AtomicU64>,
     moves: Arc<AtomicU64>,
-    /// Where it was before it was attached.
+    /// Position before it was attached.
     before: Offset,
     remembered: Arc<AtomicU64>,
     delivered: Arc<Mutex<Delivered>>,
@@ -658,22 +657,22 @@ impl Attachment for Attached {
     }
 }
 
-/// What a reader was told at its last start of where to begin.
+/// What a reader was told at its last start about where to begin.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Told {
-    /// A version that did not write it down had the reader last.
+    /// The last version that had the reader did not record it.
     Unknown,
     #[default]
     Nothing,
-    /// To begin at this offset, the end of the stream when that was said first.
+    /// Begin at this offset, which was the end of the stream when this was first set.
     Now(u64),
-    /// To begin at the end, and it has begun since.
+    /// Begin at the end; the reader has begun since.
     Followed,
 }
 
 impl Told {
-    /// Returns what a reader with this mark is told, where the stream ends at `end`. To begin "now" means
-    /// the start of the host at which it was said first, until it is said no more.
+    /// Returns what a reader with this mark is told, if the stream ends at `end`. "Now" is the start of
+    /// the host at which the setting was first used, until a start without it.
     fn now(is_told: bool, mark: Option<Kept>, end: u64) -> Self {
         match mark {
             _ if !is_told => Self::Nothing,
@@ -699,7 +698,7 @@ impl Told {
     }
 }
 
-/// A mark as it is written down.
+/// A mark as it is stored.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Kept {
     next: u64,
@@ -737,7 +736,7 @@ impl Kept {
         value
     }
 
-    /// Version 0.1.0 wrote no `delivered` and no `told`.
+    /// Decodes a mark. Version 0.1.0 wrote no `delivered` and no `told`.
     fn decode(value: &[u8]) -> Option<Self> {
         let (next, rest) = value.split_first_chunk::<8>()?;
         let on_lag = match rest.first()? {
@@ -760,7 +759,7 @@ impl Kept {
     }
 }
 
-/// Returns what a reader of this name is told of earlier deliveries.
+/// Returns what a reader of this name is told about earlier deliveries.
 pub fn delivered_to(marks: &BTreeMap<String, Mark>, consumer: &str) -> Delivered {
     let delivers = |mark: &Mark| matches!(mark.on_lag, OnLag::Block | OnLag::Detach);
     let other = |mark: &Mark| delivers(mark) && mark.kept().has_delivered();
@@ -776,7 +775,7 @@ pub fn begin_now(marks: &BTreeMap<String, Mark>, consumer: &str, end: Offset) ->
     Told::now(true, marks.get(consumer).map(Mark::kept), end.0).begin_now()
 }
 
-/// The marks that the state map holds.
+/// Returns the marks in the state map.
 pub fn marks(all: &state::State) -> BTreeMap<String, Mark> {
     let own = [state::OWN];
     all.range(&own)

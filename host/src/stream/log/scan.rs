@@ -1,5 +1,5 @@
-//! Walks the frames of one segment in order, over whatever the disk gives:
-//! recovery, catching-up cursors and `seek_time` share it.
+//! Reads the frames of one segment in order, whatever the disk contains. Recovery, cursors that catch
+//! up, and `seek_time` share it.
 
 use std::io;
 use std::ops::Range;
@@ -12,24 +12,24 @@ use super::frame::{self, Broken, Header, flags};
 use super::segment::{self, FRAMES_AT};
 use super::tail::Frame;
 
-/// Read at once; a larger frame is read whole.
+/// Bytes that are read at once. A larger frame is read as a whole.
 const CHUNK_BYTES: u64 = 1 << 20;
-/// Read at a place that does not follow what was read before, where the scan is for few
-/// frames: no more than a header. What follows is read in ever larger chunks.
+/// Bytes that are read at a place that does not follow the previous one, if the scan is for few frames:
+/// no more than a header. Further reads are increasingly larger.
 const CHUNK_BYTES_LEAST: u64 = 512;
 
 pub struct Scan {
     file: Arc<dyn File>,
     marker: u64,
     partitions: u16,
-    /// Bytes of the file that may hold frames.
+    /// End of the bytes that may hold frames.
     limit: u64,
     at: u64,
-    /// The next frame's sequence, if none is missing.
+    /// Sequence number of the next frame, if none is missing.
     expected: u64,
     chunk: Bytes,
     chunk_at: u64,
-    /// Of the last chunk, where it is for few frames.
+    /// Size of the last chunk, if the scan is for few frames.
     ahead: Option<u64>,
 }
 
@@ -40,16 +40,15 @@ pub struct Place {
     expected: u64,
 }
 
-/// Bytes between two landmarks; few in tests, so that all of them come by some.
+/// Bytes between two landmarks. In tests there are few, so that all tests reach some.
 const LANDMARK_EVERY_BYTES: u64 = if cfg!(test) { 1 << 10 } else { 256 << 10 };
 
-/// Places in one segment that readers have come by, so that the next one
-/// begins near what it wants.
+/// Places in one segment that readers have passed, so that the next reader can begin near its position.
 #[derive(Clone, Debug, Default)]
 pub struct Landmarks(Arc<Mutex<Vec<(u64, Place)>>>);
 
 impl Landmarks {
-    /// The scan stood at `place`, and all frames before it are below `offset`.
+    /// Records that the scan was at `place`, and that all frames before it are below `offset`.
     pub fn pass(&self, offset: u64, place: Place) {
         let mut known = super::lock(&self.0);
         let last = known.last().map_or(FRAMES_AT, |(_, place)| place.at);
@@ -58,7 +57,7 @@ impl Landmarks {
         }
     }
 
-    /// The last one at or before `offset`.
+    /// Returns the last landmark at or before `offset`.
     pub fn before(&self, offset: u64) -> Option<(u64, Place)> {
         let known = super::lock(&self.0);
         let after = known.partition_point(|(at, _)| *at <= offset);
@@ -66,10 +65,10 @@ impl Landmarks {
     }
 }
 
-/// What lies at the scan's place.
+/// What is at the scan's place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
-    /// A frame with a whole header; its body is checked by [`Scan::body`].
+    /// A frame with a valid header. [`Scan::body`] checks its body.
     Frame { header: Header, at: u64 },
     /// Bytes without a frame, before the next one.
     Broken { at: u64, end: u64 },
@@ -92,18 +91,18 @@ impl Scan {
         }
     }
 
-    /// Reads of frames that are passed over no more than their headers.
+    /// Makes the scan read only the headers of frames that are skipped.
     pub fn for_few(mut self) -> Self {
         self.ahead = Some(CHUNK_BYTES_LEAST);
         self
     }
 
-    /// More of the file may hold frames now.
+    /// Extends the part of the file that may hold frames.
     pub fn extend(&mut self, limit: u64) {
         self.limit = self.limit.max(limit);
     }
 
-    /// Where it stands, to come back to.
+    /// Returns the present place, to which the scan can return.
     pub fn place(&self) -> Place {
         Place { at: self.at, expected: self.expected }
     }
@@ -112,18 +111,18 @@ impl Scan {
         (self.at, self.expected) = (place.at, place.expected);
     }
 
-    /// What was read before counts no more: the file may hold something else there now.
+    /// Discards the bytes that were read before, because the file may have changed.
     pub fn refresh(&mut self, limit: u64) {
         self.limit = limit;
         self.chunk = Bytes::new();
     }
 
-    /// Looks no further than what was read before.
+    /// Restricts the scan to bytes that were already read.
     pub fn stay_in_chunk(&mut self) {
         self.limit = self.chunk_at + self.chunk.len() as u64;
     }
 
-    /// Sequence of the next frame, if none is missing.
+    /// Returns the sequence number of the next frame, if none is missing.
     pub fn expected(&self) -> u64 {
         self.expected
     }
@@ -146,8 +145,8 @@ impl Scan {
         })
     }
 
-    /// Whether the file has `before` at `at`, and zeros where the next header would
-    /// be, up to the limit. Reads no more than that.
+    /// Returns whether the file has `before` at `at`, and zeros at the place of the next header, up to
+    /// the limit. Reads no more than that.
     pub fn is_still(&self, at: u64, before: &[u8]) -> io::Result<bool> {
         let mut now = vec![0; before.len() + frame::HEADER_BYTES];
         let read = self.file.read_at(&mut now, at)?;
@@ -156,12 +155,12 @@ impl Scan {
         Ok(read as u64 == room && is_same)
     }
 
-    /// The frame as it lies there.
+    /// Returns the bytes of a frame.
     pub fn bytes(&mut self, header: &Header, at: u64) -> io::Result<Bytes> {
         self.window(at, header.total_len())
     }
 
-    /// Every word of the frame, checked.
+    /// Returns a frame after every word was checked.
     pub fn body(&mut self, header: &Header, at: u64) -> io::Result<Result<(Frame, Bytes), Broken>> {
         let bytes = self.window(at, header.total_len())?;
         Ok(frame::decode(&bytes, self.partitions).map(|decoded| {
@@ -176,7 +175,7 @@ impl Scan {
         }))
     }
 
-    /// A header that belongs to this segment, is not older than the place and fits.
+    /// Returns a header that belongs to this segment, is not older than the place, and fits.
     fn header_at(&mut self, at: u64) -> io::Result<Option<Header>> {
         let fixed = self.window(at, frame::HEADER_BYTES as u64)?;
         if fixed.len() < frame::HEADER_BYTES || fixed[..8] != self.marker.to_le_bytes() {
@@ -190,7 +189,7 @@ impl Scan {
         }))
     }
 
-    /// The next frame from `from` on, or where the last byte ends that is not zero.
+    /// Returns the place of the next frame from `from` on, or the end of the last byte that is not zero.
     fn search(&mut self, from: u64) -> io::Result<Result<u64, u64>> {
         let marker = self.marker.to_le_bytes();
         let mut last = 0;
@@ -214,7 +213,7 @@ impl Scan {
         Ok(Err(last))
     }
 
-    /// Up to `len` bytes from `at`, fewer at the limit.
+    /// Returns up to `len` bytes from `at`, fewer at the limit.
     fn window(&mut self, at: u64, len: u64) -> io::Result<Bytes> {
         let wanted = at..at.saturating_add(len).min(self.limit).max(at);
         let held = self.chunk_at..self.chunk_at + self.chunk.len() as u64;

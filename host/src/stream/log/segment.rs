@@ -26,7 +26,7 @@
 
 use uuid::Uuid;
 
-/// Frames begin here.
+/// Position of the first frame.
 pub const FRAMES_AT: u64 = 4096;
 const HEADER_BYTES: usize = 128;
 const MAGIC: &[u8; 8] = b"HWSEGLOG";
@@ -84,7 +84,7 @@ impl Header {
         out
     }
 
-    /// Total over any bytes.
+    /// Decodes a header. Accepts any bytes.
     pub fn decode(bytes: &[u8]) -> Result<Self, Broken> {
         let head: &[u8; HEADER_BYTES] = bytes.first_chunk().ok_or(Broken::Damaged)?;
         let u16_at = |at: usize| u16::from_le_bytes([head[at], head[at + 1]]);
@@ -113,12 +113,12 @@ impl Header {
     }
 }
 
-/// `00000000000000000007.seg`
+/// Returns the file name of a segment: `00000000000000000007.seg`.
 pub fn name(sequence: u64) -> String {
     format!("{sequence:020}.seg")
 }
 
-/// The sequence that a file's name says, where it is a segment's.
+/// Returns the sequence number in a file's name, if it is a segment's.
 pub fn sequence_of(name: &str) -> Option<u64> {
     let digits = name.strip_suffix(".seg")?;
     (digits.len() == 20).then(|| digits.parse().ok()).flatten()

@@ -1,5 +1,5 @@
-//! Whether the disk of a log is slow: one that answers late again and again is one problem, which ends once it
-//! has answered in time for a while.
+//! Detects a slow disk: a disk that answers late again and again is one problem, which ends after it has
+//! answered in time for a while.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -7,23 +7,24 @@ use std::time::{Duration, Instant};
 use super::commit::STALL_LEAST;
 use crate::stream::Slow;
 
-/// A write or sync that takes longer is a slow one.
+/// Duration from which a write or sync is slow.
 const CALL_LEAST: Duration = Duration::from_secs(1);
-/// The disk is slow until none was for this time.
+/// Time without a slow call after which the disk is no longer slow.
 const SLOW_FOR: Duration = Duration::from_secs(60);
-/// It is from the moment on that slow calls took this long within [`SLOW_FOR`], or one took [`STALL_LEAST`].
+/// Total duration of slow calls within [`SLOW_FOR`] from which the disk is slow. A single call of
+/// [`STALL_LEAST`] suffices too.
 const SUM_LEAST: Duration = Duration::from_secs(10);
 
-/// Slow calls of the last while.
+/// Recent slow calls.
 #[derive(Default)]
 pub struct Slowness {
-    /// When each ended, and how long it took; no more than fit into [`SLOW_FOR`] one after the other.
+    /// End and duration of each call; at most as many as fit into [`SLOW_FOR`] one after the other.
     calls: VecDeque<(Instant, Duration)>,
     since: Option<Instant>,
 }
 
 impl Slowness {
-    /// Notes a call that has ended `now`.
+    /// Records a call that has ended `now`.
     pub fn ended(&mut self, began: Instant, now: Instant) {
         let took = now.saturating_duration_since(began);
         if took >= CALL_LEAST.min(STALL_LEAST) {

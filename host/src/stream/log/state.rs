@@ -1,5 +1,5 @@
-//! The small durable map beside the messages. Each segment begins with a
-//! checkpoint of all of it, so that older segments can go.
+//! The small durable map beside the messages. Each segment begins with a checkpoint of the whole map, so
+//! that older segments can be removed.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -8,29 +8,28 @@ use super::clock::Timeline;
 use super::frame::{self, change_len, push_change};
 use crate::stream::{STATE_KEY_BYTES_MAX, STATE_VALUE_BYTES_MAX};
 
-/// First byte of keys that belong to the log itself: where attached readers are.
+/// First byte of keys of the log itself, such as the positions of readers.
 pub const OWN: u8 = 0;
-/// First byte of the keys of the stream's users.
+/// First byte of keys of the stream's users.
 pub const USERS: u8 = 1;
-/// First byte of the key of what [`Timeline`] has of the log's past.
-/// Version 0.1.0 passes over it.
+/// First byte of the key of the [`Timeline`]. Version 0.1.0 ignores it.
 pub const CLOCK: u8 = 2;
-/// All keys and values together: as many sessions as the broker takes by default, and what
-/// they note. Past it nothing is added until something was removed.
+/// Most bytes of all keys and values: enough for the default number of sessions and their notes. At this
+/// size nothing is added until something is removed.
 pub const STATE_BYTES_MAX: usize = 128 << 20;
 /// Most bytes of one checkpoint frame.
 const CHECKPOINT_FRAME_BYTES: usize = 1 << 20;
 
 pub type Blob = Arc<[u8]>;
-/// A key, and its value or its removal.
+/// A key with its new value, or its removal.
 pub type Change = (Blob, Option<Blob>);
 
-/// `space`, then `key`.
+/// Returns `space` followed by `key`.
 pub fn key(space: u8, key: &[u8]) -> Blob {
     [&[space], key].concat().into()
 }
 
-/// Returns the change that notes how append time passed.
+/// Returns the change that stores the timeline.
 pub fn of_clock(timeline: &Timeline) -> Change {
     (key(CLOCK, &[]), Some(timeline.encode().into()))
 }
@@ -55,8 +54,8 @@ impl State {
         }
     }
 
-    /// Whether the changes add to it, and past its bound. Where a key is changed
-    /// twice, both count.
+    /// Returns whether the changes add to the map beyond its bound. If a key is changed twice, both
+    /// changes count.
     pub fn outgrows(&self, changes: &[Change]) -> bool {
         let (mut added, mut removed) = (0, 0);
         for (key, value) in changes {
@@ -74,14 +73,14 @@ impl State {
         self.bytes
     }
 
-    /// Entries whose keys begin with `prefix`, in order.
+    /// Returns the entries whose keys begin with `prefix`, in order.
     pub fn range<'a>(&'a self, prefix: &'a [u8]) -> impl Iterator<Item = (&'a Blob, &'a Blob)> {
         let from = self.map.range::<[u8], _>((std::ops::Bound::Included(prefix), std::ops::Bound::Unbounded));
         from.take_while(move |(key, _)| key.starts_with(prefix))
     }
 
-    /// Yields all of the map as state sections of bounded size, one for each frame of a
-    /// checkpoint: at least one, which may be empty. Holds one section at a time.
+    /// Yields the map as state sections of bounded size, one for each frame of a checkpoint. There is at
+    /// least one, which may be empty. Holds one section at a time.
     pub fn sections(&self) -> impl Iterator<Item = Vec<u8>> {
         let mut entries = self.map.iter().peekable();
         let mut is_first = true;
@@ -96,7 +95,8 @@ impl State {
         })
     }
 
-    /// Returns the length of a checkpoint's frames, at most a little more than it takes.
+    /// Returns an upper bound of the length of a checkpoint's frames, which is slightly more than they
+    /// take.
     pub fn checkpoint_bytes(&self) -> u64 {
         let sections = self.bytes + self.map.len() * change_len(&[], None);
         let fullest = CHECKPOINT_FRAME_BYTES - (STATE_KEY_BYTES_MAX + STATE_VALUE_BYTES_MAX + 64);

@@ -1,4 +1,4 @@
-//! The most recent durable frames, in memory, so that live readers touch no disk.
+//! The most recent durable frames, in memory, so that readers that are up to date need no disk.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -8,13 +8,13 @@ use bytes::Bytes;
 use super::frame::{self, ENTRY_BYTES};
 use crate::batch::{Batch, Offset};
 
-/// Messages of one commit; every entry was checked or made here.
+/// Messages of one commit. Every entry was checked or created here.
 #[derive(Clone, Debug)]
 pub struct Frame {
     pub base: u64,
     pub count: u32,
     pub append_us: u64,
-    /// As on disk.
+    /// Entries in their encoding on disk.
     pub entries: Bytes,
     pub data: Bytes,
 }
@@ -24,7 +24,7 @@ impl Frame {
         self.base + u64::from(self.count)
     }
 
-    /// At most `max` messages from offset `from` on.
+    /// Returns at most `max` messages from offset `from` on.
     pub fn batch(&self, from: u64, max: usize) -> Batch {
         let begin = from.saturating_sub(self.base) as usize;
         let end = (begin + max).min(self.entries.len() / ENTRY_BYTES);
@@ -53,8 +53,7 @@ impl Tail {
         Self { frames: VecDeque::new(), bytes: 0, bytes_max }
     }
 
-    /// Adds the newest frame; gives back one that left, so that its buffer can
-    /// be used again.
+    /// Adds the newest frame. Returns a frame that was dropped, so that its buffer can be reused.
     pub fn push(&mut self, frame: Frame) -> Option<Arc<Frame>> {
         self.bytes += frame.bytes();
         self.frames.push_back(Arc::new(frame));
@@ -67,7 +66,7 @@ impl Tail {
         left
     }
 
-    /// The frame that holds `offset`.
+    /// Returns the frame that holds `offset`.
     pub fn get(&self, offset: u64) -> Option<Arc<Frame>> {
         let next = self.frames.partition_point(|frame| frame.end() <= offset);
         self.frames.get(next).filter(|frame| frame.base <= offset).cloned()

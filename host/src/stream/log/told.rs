@@ -1,17 +1,17 @@
-//! Which damaged offsets were counted and logged already: damage is one fault, however many
-//! readers come upon it.
+//! Records which damaged offsets were already counted and logged, because damage is one fault, however
+//! many readers find it.
 
 use std::ops::Range;
 
-/// Spans that are remembered; messages of further ones count for each reader.
+/// Most spans that are remembered. Messages of further spans are counted for each reader.
 const SPANS_MAX: usize = 1_000;
 
-/// Damaged offsets of a log that a start found or a reader came upon, as spans that do not touch, in order.
+/// Damaged offsets of a log that a start or a reader found, as spans that do not touch, in order.
 #[derive(Default)]
 pub struct Told(Vec<Range<u64>>);
 
 impl Told {
-    /// Returns how many of the offsets were not counted before.
+    /// Adds a span, and returns how many of its offsets were not counted before.
     pub fn add(&mut self, mut span: Range<u64>) -> u64 {
         let begin = self.0.partition_point(|known| known.end < span.start);
         let end = self.0.partition_point(|known| known.start <= span.end);
