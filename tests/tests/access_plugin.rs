@@ -492,7 +492,7 @@ fn a_changed_file_counts_once_it_is_ready_and_a_broken_one_changes_nothing() {
     host.says("is a step, no access plugin: put it into the plugins folder");
     replace(&host, "plugin-network-gate");
     assert_eq!(reason(&host, "anybody"), 0, "the old one answers while the new one is compiled");
-    host.says("a changed file is in force");
+    host.says("a changed file is in use");
     assert_eq!(reason(&host, "anybody"), 0x87);
 }
 

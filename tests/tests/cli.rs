@@ -301,7 +301,7 @@ fn a_stream_without_room_is_named_with_its_folder_and_so_is_what_is_lost() {
     let folder = host.folder.join("data/streams/telemetry").display().to_string();
     let line = log.lines().find(|line| line.contains("no room left in retention.max_bytes"));
     let line = line.unwrap_or_else(|| panic!("the log says it:\n{log}"));
-    for part in [&*folder, "free_bytes=", "mend the sink that lags", "appends wait"] {
+    for part in [&*folder, "free_bytes=", "fix the sink that lags", "appends wait"] {
         assert!(line.contains(part), "{part} is not in {line}");
     }
     assert!(log.contains("headworks status --config headworks.yaml"), "{log}");
@@ -316,7 +316,7 @@ fn a_stream_without_room_is_named_with_its_folder_and_so_is_what_is_lost() {
             has("kind", kind) && has("part", part) && has("advice", advice)
         })
     };
-    assert!(is_named("no_space", "stream telemetry", "mend the sink that lags"), "{text}");
+    assert!(is_named("no_space", "stream telemetry", "fix the sink that lags"), "{text}");
     assert!(is_named("dropped", "publishers (no_space)", "QoS 1"), "{text}");
 }
 

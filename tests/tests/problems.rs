@@ -131,7 +131,7 @@ fn a_certificate_that_is_refused_is_a_problem_until_a_good_one_comes() {
     assert_eq!(refused["part"], "file server.pem");
     let text = |name: &str| refused[name].as_str().expect("a text").to_owned();
     assert!(text("cause").contains("has expired at 2021-01-01"), "{refused}");
-    assert!(text("cause").contains("what it said before stays in force"), "{refused}");
+    assert!(text("cause").contains("the previous contents stay in use"), "{refused}");
     assert!(text("advice").contains("`headworks validate --config headworks.yaml`"), "{refused}");
     let said = host.log().len();
     ca.sign(&host.folder, "server", 3);

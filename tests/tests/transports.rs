@@ -270,7 +270,7 @@ fn sighup_takes_new_certificates_and_passwords_at_once() {
     host.passwd("ann", "new", &[]);
     host.process().signal(rustix::process::Signal::HUP);
     host.says("new certificates, used for new connections");
-    host.says("a changed file is in force");
+    host.says("a changed file is in use");
     assert!(publish(&host, "new") && !publish(&host, "old"));
 }
 

@@ -13,8 +13,8 @@ impl Config {
         let mut warnings = Vec::new();
         if !self.authenticate.is_empty() && self.client_ids.is_empty() {
             warnings.push(
-                "client_ids: is left out: any user may take over the session of another that it knows the client id \
-                 of; set it to [\"%u\", \"%u-*\"] or the like"
+                "client_ids: is left out: a user who knows the client id of another user's session can take it over; \
+                 set it to [\"%u\", \"%u-*\"] or the like"
                     .to_owned(),
             );
         }

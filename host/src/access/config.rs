@@ -33,11 +33,13 @@ pub struct Config {
     pub client_ids: Vec<String>,
     /// Values for `{field}` in the topics of rules, by user name: `alice: { site: factory-01 }`.
     pub users: BTreeMap<String, BTreeMap<String, String>>,
-    /// What happens when an MQTT 3.1.1 client publishes to a topic that is denied. MQTT 3.1.1 has no way
-    /// to report the refusal to the client.
+    /// What happens when an MQTT 3.1.1 client publishes to a topic that is denied, which MQTT 3.1.1
+    /// cannot report to the client: `close` ends the connection, `drop` acknowledges the message and
+    /// drops it, which is counted.
     pub denied_publish: DeniedPublish,
     /// What happens to a subscription that matches both allowed and denied topics, such as `#` where
-    /// `plant/secret` is denied.
+    /// `plant/secret` is denied: `filter` grants it, and does not deliver messages of denied topics;
+    /// `refuse` refuses it.
     pub overlap: Overlap,
 }
 

@@ -388,7 +388,10 @@ impl Access {
     pub fn recheck(&self) {
         let clients = self.standings.recheck();
         if clients > 0 {
-            tracing::info!(clients, "access: what let these clients in has changed: they are disconnected");
+            tracing::info!(
+                clients,
+                "access: the credentials of these clients have changed: they are disconnected"
+            );
         }
     }
 

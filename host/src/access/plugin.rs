@@ -123,7 +123,7 @@ fn note_opened(file: &Path, wrong: Option<&String>, failures: &Failures) {
         part,
         kind,
         cause: format!("{reason}; clients that it is asked about are refused"),
-        advice: format!("mend or replace {}; it is looked into again when a client connects", file.display()),
+        advice: format!("mend or replace {}; it is checked again when a client connects", file.display()),
     });
 }
 

@@ -213,7 +213,7 @@ impl<T> Reader<T> {
                 self.signature = signature;
                 *lock(&shared.newest) = Arc::new(value);
                 shared.failures.reloaded(&shared.path);
-                tracing::info!(file = %shared.path.display(), "access: a changed file is in force");
+                tracing::info!(file = %shared.path.display(), "access: a changed file is in use");
             }
             Err(reason) => {
                 // Not looked into again until it changes once more, or the time for that has come.
@@ -222,7 +222,7 @@ impl<T> Reader<T> {
                 }
                 shared.failures.reload_refused(&shared.path, &reason);
                 let kind = format!("access: a changed file cannot be used: {reason}");
-                shared.failures.report(&kind, 1, "what it said before stays in force", "");
+                shared.failures.report(&kind, 1, "the previous contents stay in use", "");
             }
         }
     }

@@ -173,7 +173,7 @@ async fn delete_client(State(deps): State<Deps>, Json(request): Json<ClientReque
 fn not_yet(begun: &str) -> Response {
     let within = CLIENT_ENDS_MAX.as_secs();
     let why = "the disk has no room, or it or the machine is slow";
-    let message = format!("{begun}, which is not done after {within} s: {why} (/api/problems tells)");
+    let message = format!("{begun}, which has not finished after {within} s: {why} (see /api/problems)");
     problem(StatusCode::GATEWAY_TIMEOUT, &message)
 }
 

@@ -149,7 +149,7 @@ pub fn told(kind: &str, name: &str, count: u64, last: Option<&RefusedClient>, hi
         TRIMMED => Told {
             part: format!("pipeline {name}"),
             cause: messages("removed by retention") + ", before the pipeline read them",
-            advice: "mend the sink that lags, or raise retention of the stream; the log names the offsets"
+            advice: "fix the sink that lags, or raise retention of the stream; the log names the offsets"
                 .to_owned(),
         },
         GONE => Told {

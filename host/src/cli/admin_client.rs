@@ -107,7 +107,7 @@ async fn ask<T: DeserializeOwned>(config: &Config, head: &str, body: &str) -> an
         (Ok(Err(_)), Some(_)) => bail!(none()),
         (_, Some(_)) => bail!(gone(format!("another program has its port, {address}, now"))),
         (Ok(Err(error)), None) => bail!(NotRunning(format!("no host runs at {address}: {error}"))),
-        (_, None) => bail!("{address} does not answer as headworks does: does something else use the port?"),
+        (_, None) => bail!("{address} answers, but not as headworks: another program may use the port"),
     };
     let request = format!(
         "{head}\r\nhost: {address}\r\n{INSTANCE}: {instance}\r\n{authorization}connection: close\r\n\r\n{body}"
@@ -144,8 +144,8 @@ fn no_answer(config: &Config) -> NoAnswer {
     let running = run_file::read(&config.data_dir).ok().flatten();
     let process = running.map(|running| format!(", process {},", running.pid));
     NoAnswer(format!(
-        "the host on the data folder {folder}{} does not answer: it starts, it ends, or it hangs; \
-         look at its log and at the load of its machine",
+        "the host on the data folder {folder}{} does not answer: it is starting, stopping, or hung; \
+         check its log and the load of its machine",
         process.unwrap_or_default()
     ))
 }

@@ -74,7 +74,7 @@ fn discard(loaded: &Loaded, request: &RedriveRequest, out: &mut Out) -> anyhow::
     let DiscardAnswer { discarded } = block_on(posted)?;
     if discarded == 0 {
         let list = loaded.source.hints().command(Hint::DeadLettersList);
-        bail!("nothing to discard: no open dead letter fits, see `{list}`");
+        bail!("nothing to discard: no open dead letter matches, see `{list}`");
     }
     out.line(format!("{discarded} dead letter{} discarded", if discarded == 1 { "" } else { "s" }))
 }
@@ -378,7 +378,7 @@ async fn redrive(
     unless_closed(match format {
         Format::Json => out.json(&answer),
         Format::Text if !is_nothing => out.line(redriven(&answer)),
-        Format::Text if request.ids.is_empty() => out.line("nothing to send: no open dead letter fits"),
+        Format::Text if request.ids.is_empty() => out.line("nothing to send: no open dead letter matches"),
         Format::Text => Ok(()),
     })?;
     let list = loaded.source.hints().command(Hint::DeadLettersList);

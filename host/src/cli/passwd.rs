@@ -89,7 +89,7 @@ fn read_password() -> anyhow::Result<String> {
     }
     let password = ask("Password: ")?;
     if ask("Again: ")? != password {
-        bail!("the two are not the same: nothing was changed");
+        bail!("the two passwords differ: nothing was changed");
     }
     Ok(password)
 }

@@ -211,7 +211,7 @@ fn removed(loaded: &Loaded, name: &str) -> String {
         waiting => format!("{} waits for it; ", waiting.join(", ")),
     };
     let remove = loaded.source.hints().command(Hint::PluginRemove(name));
-    format!("{holds}put it back, or `{remove}` to go on without it")
+    format!("{holds}put it back, or run `{remove}` to continue without it")
 }
 
 /// Returns the entry of a file that cannot be inspected, so that the others are still listed.

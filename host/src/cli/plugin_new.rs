@@ -15,10 +15,12 @@ const NAME_BYTES_MAX: usize = 64;
 pub fn new(dir: &Path, sdk: &Path, out: &mut Out) -> anyhow::Result<()> {
     let name = dir.file_name().and_then(|name| name.to_str()).unwrap_or_default();
     if !is_crate_name(name) {
-        bail!("a plugin's name has small letters, digits and `-`, a letter first, is \"{name}\"");
+        bail!(
+            "a plugin's name must have lower-case letters, digits and `-`, and begin with a letter, is \"{name}\""
+        );
     }
     if dir.exists() {
-        bail!("{} is there already: take another name, or remove it", dir.display());
+        bail!("{} already exists: use another name, or remove it", dir.display());
     }
     for (file, text) in files(name, &sdk_path(sdk)?) {
         let path = dir.join(file);
@@ -44,7 +46,7 @@ fn is_crate_name(name: &str) -> bool {
 fn sdk_path(sdk: &Path) -> anyhow::Result<String> {
     let path = sdk.canonicalize().with_context(|| format!("cannot find the SDK at {}", sdk.display()))?;
     if !path.join("src/plugin/mod.rs").is_file() {
-        bail!("{} is not the SDK's folder: `guest-sdk` of Headworks' sources", sdk.display());
+        bail!("{} is not the folder of the SDK: use `guest-sdk` in the sources of Headworks", sdk.display());
     }
     path.into_os_string().into_string().ok().context("the SDK's path is not UTF-8")
 }
@@ -98,7 +100,7 @@ mod tests {
         let source = read("src/lib.rs");
         assert!(source.contains("headworks_guest::plugin!(Threshold)") && !source.contains("README"));
         let error = new(&dir, &sdk, out).unwrap_err().to_string();
-        assert!(error.contains("is there already"), "{error}");
+        assert!(error.contains("already exists"), "{error}");
         for name in ["Limits", "7-limits", "a.b", ".."] {
             assert!(new(&folder.path().join(name), &sdk, out).is_err(), "{name}");
         }

@@ -33,6 +33,6 @@ pub fn run(args: &ConfigArgs, log: Option<&str>, format: LogFormat) -> anyhow::R
 fn raise_open_files() {
     let maximum = getrlimit(Resource::Nofile).maximum;
     if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
-        tracing::warn!(%error, "the limit on open files, and so on connections, stays as it is");
+        tracing::warn!(%error, "the limit on open files, and so on connections, cannot be raised");
     }
 }

@@ -43,7 +43,7 @@ pub fn streams(command: StreamsCommand, out: &mut Out) -> anyhow::Result<()> {
 pub fn open(config: &Config, name: &str, from: Offset) -> anyhow::Result<Option<ReadOnly>> {
     if name != DEAD_LETTERS && !config.streams.contains_key(name) {
         let known: Vec<&str> = config.streams.keys().map(String::as_str).collect();
-        bail!("no stream `{name}` in the config, known are {}, {DEAD_LETTERS}", known.join(", "));
+        bail!("no stream `{name}` in the config; it has {}, {DEAD_LETTERS}", known.join(", "));
     }
     let dir = config.stream_dir(name);
     let age_max = match config.streams.get(name) {
@@ -58,7 +58,7 @@ pub fn open(config: &Config, name: &str, from: Offset) -> anyhow::Result<Option<
 pub fn must_be_there(config: &Config) -> anyhow::Result<()> {
     let folder = shown(&config.data_dir);
     if !data_folder::look(config)? {
-        bail!("there is no data folder {folder}: name the host's config with --config, or start a host");
+        bail!("there is no data folder {folder}: give the host's config with --config, or start a host");
     }
     Ok(())
 }

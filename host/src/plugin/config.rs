@@ -67,7 +67,9 @@ pub struct StepConfig {
     /// Limits of this step.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limits: Option<Limits>,
-    /// What happens to messages that make the plugin fault, after three faults within a minute.
+    /// What happens to messages that make the plugin fault, after three faults within a minute:
+    /// `dead-letters` makes them dead letters, `pass` lets them pass the step unchanged, `hold` stops the
+    /// pipeline until the plugin or its config changes.
     #[serde(default)]
     pub on_failure: OnFailure,
 }

@@ -90,7 +90,7 @@ impl Claim {
         let is = is.map_or("nowhere".to_owned(), |next| format!("at offset {next}"));
         format!(
             "the {} are not where this host left them: partition {} is {is}, not at {}; \
-             were rows of headworks_positions edited? Restart the host to go on from them",
+             were rows of headworks_positions edited? restart the host to continue from them",
             self.positions_text(),
             partition.0,
             left.0

@@ -49,7 +49,7 @@ impl Lack {
                 format!("free space on the disk of {folder}, or lower retention.max_bytes of the streams")
             }
             Self::Retention => {
-                "mend the sink that lags, or raise retention.max_bytes of the stream".to_owned()
+                "fix the sink that lags, or raise retention.max_bytes of the stream".to_owned()
             }
             Self::FileDescriptor => NO_DESCRIPTOR_ADVICE.to_owned(),
             Self::Memory => "free memory of this machine, or raise the limit of the service".to_owned(),

@@ -223,7 +223,7 @@ impl Failures {
         self.stands(Standing {
             part: file_part(file),
             kind: RELOAD_REFUSED,
-            cause: format!("the changed file cannot be used: {reason}; what it said before stays in force"),
+            cause: format!("the changed file cannot be used: {reason}; the previous contents stay in use"),
             advice: format!(
                 "mend it before the host is started again, which forgets what it said before; `{}` says every mistake",
                 self.hint(Hint::Validate)

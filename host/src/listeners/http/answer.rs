@@ -148,7 +148,7 @@ impl Outcome {
                  a response topic without + and #, an expiry in whole seconds"
             }
             Self::NoRoom => "the stream has no room: send it again later",
-            Self::Unavailable => "who may publish there cannot be asked now: send it again later",
+            Self::Unavailable => "the access check is unavailable now: send the message again later",
         }
     }
 }

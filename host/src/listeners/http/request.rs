@@ -311,7 +311,7 @@ impl Asked {
         }
         let encodings = headers.get_all(header::CONTENT_ENCODING);
         if encodings.iter().any(|encoding| !encoding.as_bytes().eq_ignore_ascii_case(b"identity")) {
-            let reason = "no Content-Encoding is taken: send the body as it is";
+            let reason = "Content-Encoding is not supported: send the body unencoded";
             return Err(Refusal::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "encoding", reason));
         }
         if let Some(topic) = one {
@@ -338,7 +338,8 @@ fn check_length(version: &Version, headers: &HeaderMap, body: &Incoming, most: u
     let has_length =
         headers.contains_key(header::CONTENT_LENGTH) || headers.contains_key(header::TRANSFER_ENCODING);
     if *version < Version::HTTP_2 && !has_length {
-        let reason = "neither Content-Length nor Transfer-Encoding: an empty message says Content-Length: 0";
+        let reason =
+            "neither Content-Length nor Transfer-Encoding: send Content-Length: 0 with an empty message";
         return Err(Refusal::new(StatusCode::LENGTH_REQUIRED, "length", reason));
     }
     if body.size_hint().exact().is_some_and(|len| len > most) {

@@ -482,7 +482,7 @@ pub fn over(again: Option<&Again>, rights: &Admitted) -> &'static str {
     let is_running = again.is_some_and(|again| again.running.is_some());
     let is_known = rights.identity.valid_until.is_none_or(|until| Instant::from_std(until) > Instant::now());
     match (rights.is_revoked(), is_known) {
-        (true, _) => "mqtt: the credentials of a connected client were taken back",
+        (true, _) => "mqtt: the credentials of a connected client were revoked",
         (false, true) if is_running => "mqtt: a connected client did not authenticate again in time",
         (false, _) => "mqtt: the credentials of a connected client ran out",
     }

@@ -23,7 +23,7 @@ impl Config {
         if access.takes_certificates() && !self.listeners.iter().any(shows) {
             let i = access.authenticate.iter().position(|one| matches!(one, Authenticator::Certificate(_)));
             warnings.push(format!(
-                "mqtt.access.authenticate[{}]: no listener has tls.client_ca: nobody is known by a certificate",
+                "mqtt.access.authenticate[{}]: no listener has tls.client_ca: no client can be identified by a certificate",
                 i.unwrap_or_default()
             ));
         }

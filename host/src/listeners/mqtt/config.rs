@@ -77,8 +77,9 @@ pub struct Config {
     pub queue_bytes_max: ByteSize,
     /// A message that has been queued for longer is dropped.
     pub queue_age_max: Period,
-    /// What happens when `queue_messages_max` or `queue_bytes_max` is reached. A connected client whose
-    /// session ends with its connection is disconnected instead.
+    /// What happens when `queue_messages_max` or `queue_bytes_max` is reached: `drop_oldest` drops the
+    /// oldest queued messages, `refuse` the new one. A connected client whose session ends with its
+    /// connection is disconnected instead.
     pub queue_when_full: WhenFull,
     /// Bytes of messages that are copied for sessions before retention removes them from their streams.
     /// Messages beyond this are dropped and counted. The copies take up to about twice as much on disk.

@@ -571,7 +571,7 @@ async fn follow(broker: &Broker, number: usize, lane: u8) {
             }
             Err(ReadError::Io(error)) => {
                 let detail = format!("stream {}: {error}", stream.name());
-                broker.failures.report("mqtt: live delivery cannot read, tries again", 1, &detail, "");
+                broker.failures.report("mqtt: live delivery cannot read, will try again", 1, &detail, "");
                 tokio::time::sleep(READ_RETRY_AFTER).await;
             }
             Err(error) => {

@@ -125,7 +125,8 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
     let narrowed = other.is_none() && session.filter_list().iter().any(|it| is_forbidden(&rights, it));
     if narrowed && !asked.clean {
         let detail = format!("client {} at {remote}, {owner}", asked.client_id);
-        let kind = "mqtt: a session ended because its user may not have all of its subscriptions any more";
+        let kind =
+            "mqtt: a session ended because its user no longer has the right to all of its subscriptions";
         broker.failures.report_client(kind, &asked.client_id, 1, &detail, "");
     }
     // It has the turn: where this connect is given up, the next one waits for its end.

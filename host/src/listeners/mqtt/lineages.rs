@@ -87,11 +87,11 @@ fn other_log(stream: &str, known: Uuid, ours: Uuid) -> Standing {
         part: format!("stream {stream}"),
         kind: "other_log",
         cause: format!(
-            "when this host ran last, the stream was log {known}, and what its folder has now is log {ours}: what only \
-             the other log holds is not written, and sessions do not get it"
+            "when this host last ran, the stream was log {known}, and its folder now holds log {ours}: messages that are \
+             only in the other log are not written, and sessions do not receive them"
         ),
-        advice: "where the stream's folder was moved, or its disk is not mounted, stop the host and put the right one \
-                 back; where it was removed to begin anew, nothing is to be done: the next start does not say it again"
+        advice: "if the stream's folder was moved, or its disk is not mounted, stop the host and put the right folder \
+                 back; if it was removed on purpose, nothing needs to be done: the next start does not report this again"
             .to_owned(),
     }
 }

@@ -67,7 +67,7 @@ impl Picks {
                 }
                 Err(ReadError::Io(error)) => {
                     let stream = stream.name();
-                    tracing::warn!(%error, stream, "mqtt: cannot read what waits for a subscriber, tries again");
+                    tracing::warn!(%error, stream, "mqtt: cannot read a subscriber's queued messages, will try again");
                     tokio::time::sleep(READ_RETRY_AFTER).await;
                     continue;
                 }

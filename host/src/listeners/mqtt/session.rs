@@ -568,8 +568,8 @@ impl Sessions {
             tracing::warn!(
                 client = &*session.client_id,
                 packet_id = id,
-                "two streams have a record of this QoS 2 packet id, as parts of a data folder do that are older \
-                 than the others; it counts as released, and its message is taken again where the client repeats it"
+                "two streams have a record of this QoS 2 packet id, because parts of the data folder are older \
+                 than others; the id counts as released, and its message is accepted again if the client repeats it"
             );
         }
         LoadedSessions { sessions, subscriptions, shares, lost: lost as u64 }
@@ -865,15 +865,15 @@ fn say_gone_back(streams: &[Arc<dyn Stream>], valid: &[u64], sessions: usize, lo
             sessions,
             messages = lost,
             from,
-            "messages that waited for sessions are not in their streams any more: a stream lost its end, or is older \
-             than the rest of the data folder. The sessions go on at most at these offsets"
+            "messages that were queued for sessions are no longer in their streams: a stream lost its end, or is older \
+             than the rest of the data folder. The sessions continue at these offsets at the latest"
         );
     } else {
         tracing::warn!(
             sessions,
             from,
-            "sessions were given messages that are not in their streams any more: a stream lost its end, or is \
-             older than the rest of the data folder. The sessions go on at most at these offsets"
+            "sessions received messages that are no longer in their streams: a stream lost its end, or is \
+             older than the rest of the data folder. The sessions continue at these offsets at the latest"
         );
     }
 }

@@ -105,7 +105,7 @@ impl Frames {
         let before = match (opcode, self.message.take()) {
             (BINARY, None) => 0,
             (CONTINUATION, Some(before)) => before,
-            _ => return Err("a message that begins within another, or goes on without a begin"),
+            _ => return Err("a message that begins within another, or continues without a beginning"),
         };
         let message = before.saturating_add(len);
         if message > self.message_bytes_max {

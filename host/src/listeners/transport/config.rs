@@ -55,7 +55,8 @@ pub struct Tls {
     /// certificate has no list.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub crl: Option<PathBuf>,
-    /// The part of a client's certificate that becomes its user name.
+    /// The part of a client's certificate that becomes its user name: `cn` is the subject's common name,
+    /// `san` the first DNS name, e-mail address or URI of the subject's alternative names.
     #[serde(default)]
     pub identity: Identity,
 }

@@ -49,7 +49,7 @@ impl<'f> Reach<'f> {
         match put_back {
             Ok(was_gone) => {
                 if was_gone {
-                    tracing::warn!(listener = %self.bind, "the socket's file was removed, and is there again");
+                    tracing::warn!(listener = %self.bind, "the socket's file was removed, and has been created again");
                 }
                 self.accepted();
             }

@@ -50,7 +50,7 @@ pub async fn keep_certificates<S: Service>(
         Ok(watcher)
     });
     if let Err(error) = &watched {
-        tracing::warn!(%error, "{}: cannot watch the certificates' folders, will look every 30 s", S::NAME);
+        tracing::warn!(%error, "{}: cannot watch the certificates' folders, will check them every 30 s", S::NAME);
     }
     let mut told = Told::default();
     loop {
@@ -127,8 +127,8 @@ pub(super) fn note_certificates(all: &[Arc<Tls>], failures: &Failures, now: Syst
             continue;
         };
         let advice = format!(
-            "put a new certificate into {}, which is taken while the host runs; set the clock of this machine \
-             where it is wrong",
+            "put a new certificate into {}, which is loaded while the host runs; correct the clock of this \
+             machine if it is wrong",
             file.display()
         );
         failures.stands(Standing { part, kind, cause, advice });
@@ -149,7 +149,7 @@ pub(super) fn note_lists(all: &[Arc<Tls>], failures: &Failures, now: SystemTime)
             continue;
         };
         let advice = format!(
-            "get a new list from the CA and put it into {}; it is taken while the host runs",
+            "get a new list from the CA and put it into {}; it is loaded while the host runs",
             file.display()
         );
         failures.stands(Standing { part, kind, cause: format!("the list {overdue}"), advice });

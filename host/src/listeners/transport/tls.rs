@@ -161,8 +161,8 @@ impl Tls {
             }
             if until <= now && file.to_string() != self.name().to_string() {
                 warnings.push(format!(
-                    "{file}: the certificate of {subject} has expired at {at} and lets nobody in: \
-                     renew it, or take it out of the file"
+                    "{file}: the certificate of {subject} has expired at {at} and admits no client: \
+                     renew it, or remove it from the file"
                 ));
             }
         }
@@ -385,7 +385,7 @@ impl Material {
             rustls::Error::InconsistentKeys(_) => {
                 let (file, cert) = (key.clone(), cert.display());
                 let reason =
-                    format!("the key {} does not fit the certificate {cert}: {error}", key.display());
+                    format!("the key {} does not match the certificate {cert}: {error}", key.display());
                 Unusable { file, reason }
             }
             _ if is_version_1 => cannot_use(cert, &VERSION_1),

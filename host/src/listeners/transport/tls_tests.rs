@@ -469,7 +469,8 @@ async fn a_certificate_of_version_1_is_told_with_how_to_make_it_again() {
     let said = refusal(&tls, &TlsConnector::from(Arc::new(config))).await;
     assert!(said.contains("version 1") && said.contains("-extfile"), "{said}");
 
-    for (cert, key, expected) in [("v1.pem", "v1.key", "version 1"), ("server.pem", "v1.key", "does not fit")]
+    for (cert, key, expected) in
+        [("v1.pem", "v1.key", "version 1"), ("server.pem", "v1.key", "does not match")]
     {
         let files = config::Tls {
             cert: dir.join(cert),

@@ -236,7 +236,7 @@ impl Work {
             return reason.to_owned();
         }
         let (file, remove) = (file_name(&known.path), self.failures.hint(Hint::PluginRemove(name)));
-        format!("{file} does not run: {reason}; mend it, or `{remove}` to go on without it")
+        format!("{file} does not run: {reason}; mend it, or run `{remove}` to continue without it")
     }
 
     /// The folder's plugins as steps, in order.

@@ -102,6 +102,9 @@ impl Work {
 
     pub fn missing_reason(&self, name: &str, known: &Known) -> String {
         let remove = self.failures.hint(Hint::PluginRemove(name));
-        format!("{} was removed: put it back, or `{remove}` to go on without it", file_name(&known.path))
+        format!(
+            "{} was removed: put it back, or run `{remove}` to continue without it",
+            file_name(&known.path)
+        )
     }
 }

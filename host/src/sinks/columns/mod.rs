@@ -376,7 +376,7 @@ fn reason(
                     None => format!("the payload has no {noun} at {pointer}: {shown}"),
                 },
                 Some(Source::Level(field)) => {
-                    format!("the topic has no level {field}, it does not fit the namespace")
+                    format!("the topic has no level {field}, it does not match the namespace")
                 }
                 _ => format!("the payload is not {expected}: {shown}"),
             };

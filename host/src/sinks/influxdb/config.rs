@@ -83,7 +83,9 @@ pub struct Config {
     pub gzip: bool,
     /// When a batch is written.
     pub batch: BatchConfig,
-    /// What retention of the stream does while this sink lags.
+    /// What retention of the stream does while this sink lags: `block` keeps the messages that the sink
+    /// needs, and devices wait when the stream reaches its size limit; `detach` removes them, which is
+    /// counted and reported.
     pub on_lag: OnLag,
     /// Former name of this sink. It continues at the position of the sink with that name.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -382,7 +384,7 @@ impl Config {
         for (name, tag) in &self.tags.0 {
             let is_text = tag.kind().is_none_or(|kind| kind == Kind::Text);
             if matches!(tag, ColumnConfig::Full(FullColumn { kind: Some(_), .. })) && !is_text {
-                problems.add(path.key("tags").key(name).key("type"), "must be text: a tag is nothing else");
+                problems.add(path.key("tags").key(name).key("type"), "must be text, because all tags are");
             }
         }
         for (name, field) in &self.fields.0 {

@@ -151,7 +151,7 @@ impl Service {
         // The error does not hold the header: it may be a secret.
         request.body(Full::new(body)).map_err(|_| {
             Error::Setup(
-                "the token, or the user and password, cannot be in a request: is there a line end in it?"
+                "the token, or the user and password, cannot be in a request: it may contain a line end"
                     .to_owned(),
             )
         })

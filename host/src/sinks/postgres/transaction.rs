@@ -473,7 +473,7 @@ impl Session {
 
 /// What to do if a default of the table fails.
 const MEND_DEFAULT: &str =
-    "the table fills this by itself, alike for every row: mend the default, or its sequence";
+    "the table fills this by itself, alike for every row: fix the default, or its sequence";
 
 /// Returns why a row that `headworks_isolate` returned cannot be inserted.
 fn reason(row: &Row) -> String {

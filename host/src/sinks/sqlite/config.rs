@@ -37,7 +37,9 @@ pub struct Config {
     pub on_conflict: OnConflict,
     /// When a batch is written.
     pub batch: BatchConfig,
-    /// What retention of the stream does while this sink lags.
+    /// What retention of the stream does while this sink lags: `block` keeps the messages that the sink
+    /// needs, and devices wait when the stream reaches its size limit; `detach` removes them, which is
+    /// counted and reported.
     pub on_lag: OnLag,
     /// Former name of this sink. It continues at the position of the sink with that name.
     #[serde(skip_serializing_if = "Option::is_none")]

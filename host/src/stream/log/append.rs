@@ -251,7 +251,7 @@ impl Inner {
                 let (cause, advice) = (lack.cause(space), lack.advice(&folder, space));
                 tracing::warn!(stream, folder = %shown, free_bytes, "{cause}: appends wait; {advice}");
             }
-            None => tracing::info!(stream, folder = %shown, free_bytes, "appends are taken again"),
+            None => tracing::info!(stream, folder = %shown, free_bytes, "appends are accepted again"),
         }
         self.space.send_modify(|n| *n += 1);
     }

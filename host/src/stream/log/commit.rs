@@ -334,7 +334,7 @@ impl Inner {
         let closed = Closed { offset: writer.durable_through, frames: writer.next_frame };
         let metadata = Metadata { closed: Some(closed), ..self.metadata.clone() };
         if let Err(error) = generations::write(&*self.disk, &self.dir, &metadata) {
-            tracing::warn!(stream = %self.name, %error, "cannot note where the stream ends");
+            tracing::warn!(stream = %self.name, %error, "cannot record the end of the stream");
         }
         self.stop("closed");
     }

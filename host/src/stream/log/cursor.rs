@@ -195,7 +195,7 @@ impl LogCursor {
     async fn wait_to_read_again(&mut self, error: &io::Error) {
         self.tries = self.tries.saturating_add(1);
         let why = format!("{}: {error}", self.inner.place_of(self.at));
-        let kind = format!("stream {}: cannot read, tries again", self.inner.name);
+        let kind = format!("stream {}: cannot read, will try again", self.inner.name);
         self.inner.failures.report(&kind, 1, &why, "");
         self.fault = Some(ReadFault::new(Arc::clone(&self.inner), why));
         tokio::time::sleep(pause(self.tries)).await;
@@ -387,7 +387,7 @@ impl Inner {
         self.metrics.gap(new, cause);
         if new > 0 && cause == GapCause::Damaged {
             tracing::error!(stream = %self.name, from = lost.start, to = lost.end,
-                "messages are damaged or missing on disk, and nobody can read them");
+                "messages are damaged or missing on disk and cannot be read");
         }
     }
 

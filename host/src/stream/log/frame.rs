@@ -100,7 +100,7 @@ pub enum Broken {
     Body,
     #[error("a codec or kind that this version does not know")]
     Unknown,
-    #[error("sections do not fit the body")]
+    #[error("the sections do not match the body")]
     Sections,
     #[error("an entry points outside the data, or its text is not UTF-8")]
     Entry,

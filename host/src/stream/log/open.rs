@@ -327,7 +327,7 @@ impl Inner {
         let Recovery { torn_bytes, rewritten, .. } = *recovery;
         if torn_bytes > 0 || rewritten > 0 {
             tracing::info!(stream = %self.name, torn_bytes, rewritten,
-                "the last run ended without closing the stream: cut what nobody was told of, wrote the last commit again");
+                "the last run ended without closing the stream: cut unacknowledged bytes, wrote the last commit again");
         }
         let (headers, unread): (Vec<_>, Vec<_>) =
             recovery.unread.iter().partition(|unread| unread.is_header());

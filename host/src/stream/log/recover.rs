@@ -69,7 +69,7 @@ pub struct Segment {
 
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    #[error("stream folder {0} is used by another process: stop it first")]
+    #[error("stream folder {0} is in use by another process: stop that process first")]
     Locked(String),
     #[error(
         "stream folder {dir} was made with {stored} partitions, the config says {wanted}: \
@@ -80,7 +80,7 @@ pub enum OpenError {
     Segment { path: String, cause: segment::Broken },
     #[error("{path} belongs to another log: the folder was mixed with a copy of another")]
     Foreign { path: String },
-    #[error("{path}: header and first frame are both damaged: move the file away to go on without it")]
+    #[error("{path}: header and first frame are both damaged: move the file away to continue without it")]
     Unreadable { path: String },
     #[error("stream folder {dir}: {error}")]
     Io { dir: String, error: io::Error },

@@ -330,7 +330,7 @@ impl Inner {
         }
         self.disk.rename(&reserve, &path).map_err(no_space_or("rename the reserve"))?;
         self.reserve_lacks_room.store(true, Ordering::Relaxed);
-        tracing::warn!(stream = %self.name, "the disk is full, going on in the reserve");
+        tracing::warn!(stream = %self.name, "the disk is full, continuing in the reserve");
         Ok((file, len, path))
     }
 

@@ -254,7 +254,7 @@ impl File for SalvagedFile {
                 Err(error) if is_unreadable(&error) && tries < READ_TRIES => {
                     tries += 1;
                     if tries == 1 {
-                        tracing::warn!(file = %self.path.display(), at, %error, "cannot read, tries again");
+                        tracing::warn!(file = %self.path.display(), at, %error, "cannot read, will try again");
                     }
                     std::thread::sleep(pause(tries));
                 }

@@ -99,8 +99,7 @@ async fn a_client_says_the_right_password_or_is_told_no() {
     access::put_file(&file, users.to_text());
     assert_eq!(ann.disconnected().await, Reason::NotAuthorized);
     let said = host.handle.clients.0.failures.unsaid();
-    let why =
-        |(kind, _): &(String, u64)| kind == "mqtt: the credentials of a connected client were taken back";
+    let why = |(kind, _): &(String, u64)| kind == "mqtt: the credentials of a connected client were revoked";
     assert!(said.iter().any(why), "{said:?}");
     bob.nothing_but_ping().await;
     host.stop().await;
