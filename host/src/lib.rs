@@ -1,5 +1,5 @@
-//! Headworks: takes device messages in, runs each through sandboxed
-//! WebAssembly plugins, writes batches to databases. `ARCHITECTURE.md` is the map.
+//! Headworks receives messages from devices, runs each through sandboxed WebAssembly plugins, and
+//! writes batches of rows to databases. `ARCHITECTURE.md` describes the structure of the code.
 
 pub mod access;
 pub mod admin;

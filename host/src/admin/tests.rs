@@ -367,7 +367,7 @@ async fn a_client_whose_connection_or_session_does_not_end_is_not_said_to_have_e
                 body.len()
             ))
             .await;
-        assert!(answer.starts_with("HTTP/1.1 504") && answer.contains("is not done after"), "{answer}");
+        assert!(answer.starts_with("HTTP/1.1 504") && answer.contains("has not finished after"), "{answer}");
     }
 }
 

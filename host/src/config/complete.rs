@@ -1,18 +1,18 @@
-//! What a config leaves out that depends on what it has.
+//! Defaults that depend on other keys.
 //!
-//! - None of `streams`, `pipelines` and `sinks`: the stream `telemetry` takes the topics that fit
-//!   `topics`, and becomes rows; the stream `default` takes the rest, which only subscribers get.
-//! - No `streams` otherwise: one, `telemetry`, takes every topic.
-//! - All streams name their topics: one more, `default`, takes the rest.
-//! - No `sinks`: one, `telemetry`: the table `telemetry` in `telemetry.db` in the data folder,
-//!   unless all pipelines name their routes and none leads there.
-//! - No `pipelines`: one for each stream, of the stream's name.
-//! - A pipeline without `from` reads the stream of its name, else the only stream.
-//! - A pipeline without `routes` sends everything to the stream of `to`, else to the only sink.
+//! - None of `streams`, `pipelines` and `sinks`: the stream `telemetry` takes the topics that match
+//!   `topics`, and its messages become rows. The stream `default` takes all other topics, for
+//!   subscribers only.
+//! - No `streams` in any other case: one stream, `telemetry`, takes every topic.
+//! - All streams have `topics`: one more stream, `default`, takes all other topics.
+//! - No `sinks`: one sink, `telemetry`, writes to the table `telemetry` in `telemetry.db` in the data
+//!   folder, unless all pipelines have `routes` or `to` and none leads to a sink of this name.
+//! - No `pipelines`: one for each stream, with the stream's name.
+//! - A pipeline without `from` reads the stream of its name, otherwise the only stream.
+//! - A pipeline without `routes` sends everything to the stream of `to`, otherwise to the only sink.
 //!
-//! A stream that a pipeline writes to is none of these, unless it has `topics`: devices do not write to it.
-//!
-//! Where "the only" is one of several, the user must say which.
+//! These defaults do not apply to a stream that a pipeline writes to, unless it has `topics`: devices do
+//! not write to it. If there are several candidates for "the only" one, the user must name one.
 
 use std::collections::BTreeMap;
 

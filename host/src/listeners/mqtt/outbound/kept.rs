@@ -1,16 +1,15 @@
-//! What of an outbox outlives the host: state of the broker stream.
+//! The part of an outbox that outlives the host: state of the broker's stream.
 //!
-//! - `qr` + epoch, the note: how far the live delivery was for this session in
-//!   each stream, and what it had then that was not done. What lies after it
-//!   is found again in the streams. Written now and then: an old note only
-//!   makes QoS 1 messages come again, and those of a share, also with QoS 2, to
-//!   another member than has had them.
-//!   A retained message is named by its id, never by its topic, which may be longer
-//!   than a record; subscription identifiers are found again from the filters.
-//! - `oi` + epoch + packet id: a QoS 2 message on its way, durable before its
-//!   PUBLISH goes out, and again before its PUBREL.
-//! - `os` + epoch + stream: QoS 2 messages below this offset have such a
-//!   record, or had one and are done. In the same append as the record.
+//! - `qr` + epoch, the note: for each stream, the position of live delivery for this session, and the
+//!   earlier messages that were not complete. Later messages are found again in the streams. Notes are
+//!   written at intervals. An old note only causes duplicates: of QoS 1 messages, and of messages of a
+//!   share, with QoS 2 too, to another member than the one that had them.
+//!   A retained message is named by its id, not by its topic, which may be longer than a record.
+//!   Subscription identifiers are determined again from the filters.
+//! - `oi` + epoch + packet id: a QoS 2 message in delivery. The record is durable before its PUBLISH is
+//!   sent, and again before its PUBREL.
+//! - `os` + epoch + stream: QoS 2 messages below this offset have such a record, or had one and are
+//!   complete. It is in the same append as the record.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::ops::Range;

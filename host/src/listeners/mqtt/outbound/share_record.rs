@@ -1,12 +1,12 @@
-//! What members of a shared subscription hold whose sessions end with their connections is in memory
-//! only. While the session of another member is kept, the broker stream has a record of the share, so
-//! that a restart has a session to give it to:
+//! Messages that non-persistent members of a shared subscription hold are only in memory. While the
+//! share has a persistent member too, the broker's stream has a record of the share, so that after a
+//! restart these messages can be given to a session:
 //!
-//! - `sh` + filter: up to where all of them had been offered what lies in each stream, what they held
-//!   of what lies before, and the part of each stream in which the messages lie that the record has
-//!   no room for. A restart gives what is listed to one session, its heir. The lanes offer the part
-//!   and all that lies behind once more to the members, whoever these are by then, and the record
-//!   stays until they have: messages may come again, none is lost.
+//! - `sh` + filter: up to where all non-persistent members had been offered the messages of each stream,
+//!   which earlier messages they held, and the part of each stream with held messages for which the
+//!   record has no room. A restart gives the listed messages to one session, the heir. Lanes offer the
+//!   unlisted part and all later messages once more to the members at that time, and the record stays
+//!   until they have. Messages may be duplicated, but none is lost.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Range;
