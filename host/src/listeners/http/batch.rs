@@ -1,9 +1,9 @@
-//! Batches: an array of messages in JSON, or one message a line (NDJSON), each an object
-//! `{"topic", "payload" or "payload_base64", "content_type", "response_topic", "correlation_data",
-//! "expiry_s", "user_properties"}`.
+//! Parses batches: a JSON array of messages, or one message per line (NDJSON), each an object `{"topic",
+//! "payload" or "payload_base64", "content_type", "response_topic", "correlation_data", "expiry_s",
+//! "user_properties"}`.
 //!
-//! A payload that is a string is its text; any other JSON value is taken as it stands in the body. A
-//! batch that is not JSON is refused as a whole; a message that cannot be one is told of by itself.
+//! A payload that is a string stands for its text; any other JSON value is taken as it is in the body. A
+//! batch that is not valid JSON is refused as a whole; an invalid message is reported by itself.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -17,38 +17,38 @@ use crate::ingest::facts;
 use crate::properties::{PROPERTIES_BYTES_MAX, PROPERTIES_MAX, facts as names};
 use crate::topic;
 
-/// How a body holds its messages.
+/// How a body represents its messages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
     Array,
     Lines,
 }
 
-/// One message as the client gave it.
+/// One message as the client sent it.
 #[derive(Debug)]
 pub struct Item<'b> {
     pub topic: Cow<'b, str>,
     pub payload: Cow<'b, [u8]>,
-    /// Within [`Items::properties`]: what the client says of it.
+    /// Range in [`Items::properties`] of what the client states about it.
     pub properties: Range<usize>,
     pub outcome: Outcome,
 }
 
-/// Messages in their order.
+/// Messages in order.
 #[derive(Debug, Default)]
 pub struct Items<'b> {
     pub items: Vec<Item<'b>>,
     pub properties: Vec<u8>,
 }
 
-/// Why a body is no batch.
+/// Why a body is not a batch.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Malformed {
     TooMany,
     Json(String),
 }
 
-/// Reads a batch of at most `messages_max`; `topic` is that of messages which name none.
+/// Parses a batch of at most `messages_max` messages. `topic` is that of messages without one.
 pub fn parse<'b>(
     body: &'b [u8],
     format: Format,
@@ -99,7 +99,7 @@ impl<'b> Items<'b> {
         self.items.push(Item { topic, payload, properties: begin..self.properties.len(), outcome });
     }
 
-    /// Reads topic and payload, and writes what the object says beside them.
+    /// Reads topic and payload, and encodes the other fields of the object.
     fn read(
         &mut self,
         value: Raw<'b>,
@@ -156,7 +156,7 @@ impl<'b> Items<'b> {
     }
 }
 
-/// Writes the properties of one message, within their bounds.
+/// Encodes the properties of one message, within their bounds.
 pub struct Properties<'o> {
     out: &'o mut Vec<u8>,
     begin: usize,
@@ -185,7 +185,7 @@ impl<'o> Properties<'o> {
         self.within()
     }
 
-    /// Subscribers get them as MQTT strings (MQTT 5.0, 1.5.4).
+    /// Checks a property, which subscribers receive as MQTT strings (MQTT 5.0, 1.5.4).
     fn check(&self, name: &str, value: &str) -> Result<(), Outcome> {
         let is_text = |text: &str| text.len() <= usize::from(u16::MAX) && !text.contains('\0');
         let fits = is_text(name) && is_text(value) && self.count < PROPERTIES_MAX;
@@ -198,7 +198,7 @@ impl<'o> Properties<'o> {
     }
 }
 
-/// Parses any bytes; returns the properties of each message that would be taken.
+/// Parses any bytes, and returns the properties of each message that would be accepted.
 #[cfg(any(test, fuzzing))]
 pub fn taken(body: &[u8], format: Format, topic: Option<&str>) -> Vec<Vec<u8>> {
     const MOST: usize = 5;

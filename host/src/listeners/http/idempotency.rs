@@ -1,12 +1,12 @@
-//! Requests that are remembered by their `Idempotency-Key` (draft-ietf-httpapi-idempotency-key-header):
-//! one that is sent again is answered as the first was, and appends nothing.
+//! Requests that are remembered by their `Idempotency-Key` (draft-ietf-httpapi-idempotency-key-header).
+//! A repeated request is answered as the first was, and appends nothing.
 //!
-//! A request has a record in each stream that it brought messages to, as state of that stream in the
-//! same append as the messages: after a crash both are there, or neither. What the record says of the
-//! messages of other streams is [`Known::Elsewhere`]; a request that is sent again goes on there.
+//! A request has a record in each stream to which it brought messages, as state of that stream in the
+//! same append as the messages: after a crash both are there, or neither. In a record, messages of other
+//! streams are [`Known::Elsewhere`]; a repeated request is continued for those streams.
 //!
-//! Records are bounded by age and number. Where they are too many, the client with the most loses its
-//! oldest, so that none of them takes the others' away.
+//! Records are bounded by age and number. If there are too many, the client with the most loses its
+//! oldest, so that no client displaces the records of others.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -22,41 +22,41 @@ use crate::stream::{Appended, NewMessage, StateChange, Ticket};
 
 /// Longest key that a client may send.
 pub const KEY_BYTES_MAX: usize = 256;
-/// Bytes of all records together, in memory and in the streams' states.
+/// Most bytes of all records, in memory and in the state of streams.
 pub const RECORDS_BYTES_MAX: usize = 16 << 20;
-/// Removals that found no room in their stream's state; further ones are left for the next start.
+/// Most removals that found no room in their stream's state. Further ones are left to the next start.
 pub const UNREMOVED_MAX: usize = 1_024;
 
 /// First bytes of the records' keys in a stream's state.
 const KIND: &[u8] = b"ik";
 const FORMAT: u8 = 1;
-/// Format, client, time, fingerprint.
+/// Size of format, client, time and fingerprint.
 const HEAD_BYTES: usize = 1 + 8 + 8 + 16;
-/// Stands in a record for a message of another stream.
+/// Outcome in a record for a message of another stream.
 const ELSEWHERE: u8 = 1;
 
-/// Names a request of a client; nobody else can choose a key of its.
+/// Identifies a request of a client. No other client can choose a key with the same value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Id {
     key: [u8; 16],
     client: u64,
-    /// Of all that the request says: another request with the same key is refused.
+    /// Fingerprint of the whole request. Another request with the same key is refused.
     fingerprint: u128,
 }
 
-/// What a record says of a message.
+/// What a record says about a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Known {
     Decided(Outcome),
     Elsewhere,
 }
 
-/// The answer to a request that came before.
+/// The outcome of an earlier request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Repeated {
-    /// When the messages of this stream are durable.
+    /// Ticket with which the messages of this stream are durable.
     pub ticket: Ticket,
-    /// One for each message of the request.
+    /// One entry for each message of the request.
     pub known: Vec<Known>,
 }
 
@@ -68,16 +68,16 @@ pub struct Idempotency {
     window: Duration,
     keys_max: usize,
     records: Mutex<Records>,
-    /// Records now.
+    /// Number of records.
     kept: Gauge,
-    /// Records that were removed before their time.
+    /// Number of records that were removed early.
     forgotten: Counter,
 }
 
 #[derive(Default)]
 struct Records {
     by_key: HashMap<Place, Record>,
-    /// The oldest first.
+    /// Records by age, the oldest first.
     by_age: BTreeMap<u64, Place>,
     by_client: HashMap<u64, BTreeSet<u64>>,
     /// Clients by their number of records.
@@ -96,13 +96,13 @@ struct Record {
     fingerprint: u128,
     until: Instant,
     ticket: Ticket,
-    /// One byte for each message; empty where all were accepted.
+    /// One byte for each message; empty if all were accepted.
     outcomes: Box<[u8]>,
 }
 
 impl Id {
-    /// `client` is the user, or where nobody knows the client what it is known by; `parts` are all that
-    /// the request says.
+    /// Returns the id of a request. `client` is the user, or the available identification of an unknown
+    /// client; `parts` is everything in the request.
     pub fn new(client: &str, key: &[u8], parts: &[&[u8]]) -> Self {
         let digest: [u8; 32] = Sha256::new()
             .chain_update((client.len() as u64).to_le_bytes())
@@ -161,7 +161,7 @@ impl Idempotency {
         this
     }
 
-    /// Returns what came of a request before, in one stream.
+    /// Returns the outcome of an earlier request in one stream.
     pub fn look(&self, stream: usize, id: &Id, messages: usize) -> Result<Option<Repeated>, Mismatch> {
         let records = self.lock();
         let Some(record) = records.by_key.get(&(stream, id.key)) else { return Ok(None) };
@@ -171,9 +171,9 @@ impl Idempotency {
         record.repeated(id, messages).map(Some)
     }
 
-    /// Appends the messages of a request to a stream, with its record. `outcomes` has one for each
-    /// message of the request, `None` for those of other streams. A request that came before, and
-    /// perhaps just now on another connection, is only told what came of it.
+    /// Appends the messages of a request to a stream, with its record. `outcomes` has one entry for each
+    /// message of the request, `None` for those of other streams. A request that was received before,
+    /// possibly just now on another connection, only gets the earlier outcome.
     pub fn append(
         &self,
         ingest: &Ingest,
@@ -221,7 +221,7 @@ impl Idempotency {
         Ok(Ok(appended))
     }
 
-    /// Removes the records whose time is over, from memory and from their streams.
+    /// Removes expired records from memory and from their streams.
     pub fn remove_old(&self, ingest: &Ingest) {
         let mut records = self.lock();
         for place in std::mem::take(&mut records.unremoved) {
@@ -302,8 +302,8 @@ impl Records {
         }
     }
 
-    /// Returns what must go for one more record of `bytes`: the oldest of the client that has the most,
-    /// and where that is not enough, of the next.
+    /// Returns the records that must be removed for another record of `bytes`: the oldest of the client
+    /// that has the most, and if that is not enough, of the next client.
     fn too_many(&self, keys_max: usize, bytes: usize) -> Vec<Place> {
         let (mut keys, mut left) = (self.by_key.len() + 1, self.bytes + bytes);
         let clients = self.by_count.iter().rev();

@@ -1,5 +1,5 @@
-//! The messages of a request go into their streams: one append for each stream, with the record of the
-//! request's key, and the answer waits until all of it is durable.
+//! Stores the messages of a request: one append for each stream, with the record of the request's key.
+//! The answer waits until everything is durable.
 
 use std::time::Duration;
 
@@ -13,21 +13,21 @@ use super::request::Sent;
 use crate::ingest::{Draft, Rejected, Taken, facts};
 use crate::stream::{NewMessage, Ticket};
 
-/// A request waits so long for room in its streams, then its client is told to come again.
+/// How long a request waits for room in its streams before its client is told to try again later.
 pub const ROOM_WAIT_MAX: Duration = Duration::from_secs(2);
-/// A request waits so long for a disk that does not answer. Its messages may be durable later.
+/// How long a request waits for a disk that does not answer. Its messages may become durable later.
 pub const DURABLE_WAIT_MAX: Duration = Duration::from_secs(30);
-/// MQTT subscribers get the messages with this QoS at most.
+/// Highest QoS with which MQTT subscribers receive the messages.
 const QOS: u16 = 1;
 
-/// What became of a request's messages.
+/// Outcome of a request's messages.
 pub struct Stored {
     pub outcomes: Vec<Outcome>,
-    /// When a client may come again with those that found no room.
+    /// When a client may send messages again for which there was no room.
     pub retry_after: Duration,
 }
 
-/// Appends what was accepted so far and waits until it is durable.
+/// Appends the messages that were accepted so far, and waits until they are durable.
 pub async fn store(http: &Http, sent: &Sent<'_>) -> Result<Stored, Refusal> {
     let mut storing = Storing::of(http, sent)?;
     let until = Instant::now() + ROOM_WAIT_MAX;
@@ -45,18 +45,19 @@ pub async fn store(http: &Http, sent: &Sent<'_>) -> Result<Stored, Refusal> {
 struct Storing<'s> {
     http: &'s Http,
     sent: &'s Sent<'s>,
-    /// What each message shows of its sender, behind its own properties.
+    /// Properties that describe the sender, which follow each message's own properties.
     properties: Vec<u8>,
-    /// `None`: not in its stream yet.
+    /// Outcomes; `None` for a message that is not in its stream yet.
     outcomes: Vec<Option<Outcome>>,
-    /// What is to be durable, by stream.
+    /// Tickets to wait for, by stream.
     tickets: Vec<(usize, Ticket)>,
     is_repeated: bool,
     retry_after: Duration,
 }
 
 impl<'s> Storing<'s> {
-    /// What came of the request before, where it was sent before, is part of it.
+    /// Begins to store a request. If the request is repeated, the outcome of the first is part of the
+    /// result.
     fn of(http: &'s Http, sent: &'s Sent<'s>) -> Result<Self, Refusal> {
         let of_item = |outcome| (outcome != Outcome::Accepted).then_some(outcome);
         let outcomes = sent.items.iter().map(|item| of_item(item.outcome)).collect();
@@ -169,7 +170,7 @@ impl<'s> Storing<'s> {
         }
     }
 
-    /// Writes the properties of a message and of its sender; returns where.
+    /// Encodes the properties of a message and of its sender, and returns their range.
     fn write_properties(&mut self, at: usize) -> std::ops::Range<usize> {
         let begin = self.properties.len();
         let own = self.sent.items[at].properties.clone();
