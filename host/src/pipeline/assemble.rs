@@ -318,8 +318,7 @@ impl Part {
         let steps = (chain, versions, recall);
         let shutdown = common.shutdown.clone();
         let supervisor = Supervisor::new(
-            is_behind_steps,
-            shared,
+            (shared, is_behind_steps),
             stream,
             steps,
             members,

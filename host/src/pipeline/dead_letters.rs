@@ -338,9 +338,9 @@ impl DeadLetters {
     /// A message before that which has an open letter for that stream comes to the sink with the letter.
     pub async fn set_until(&self, until: Vec<Option<Vec<Offset>>>) -> Result<(), Error> {
         let has_bounds = until.iter().any(Option::is_some);
-        let mut known = self.lock();
-        until.into_iter().enumerate().for_each(|(sink, until)| known.set_until(sink, until));
-        drop(known);
+        for (sink, until) in until.into_iter().enumerate() {
+            self.set_until_of(sink, until);
+        }
         if has_bounds { self.scan(self.stream.bounds().start, None).await } else { Ok(()) }
     }
 

@@ -153,8 +153,7 @@ pub struct Supervisor {
 
 impl Supervisor {
     pub fn new(
-        apart: bool,
-        shared: Arc<Shared>,
+        (shared, apart): (Arc<Shared>, bool),
         stream: Arc<dyn Stream>,
         (mut chain, versions, recall): (watch::Receiver<Chain>, Versions, Recall),
         members: Vec<Member>,

@@ -182,7 +182,8 @@ impl Sink for StreamSink {
     }
 
     async fn positions_of(&mut self, claims: &[Name], logs: &[Uuid]) -> Result<Vec<LogPosition>, Error> {
-        Ok(self.target.positions.positions_of(claims, logs))
+        let positions = &self.target.positions;
+        Ok(positions.look(|entries| state_positions::positions_of(entries, claims, logs)))
     }
 
     async fn passes_of(
@@ -191,7 +192,8 @@ impl Sink for StreamSink {
         log: Uuid,
         above: Offset,
     ) -> Result<Vec<PassPosition>, Error> {
-        Ok(self.target.positions.passes_of(claims, log, above))
+        let positions = &self.target.positions;
+        Ok(positions.look(|entries| state_positions::passes_of(entries, claims, log, above)))
     }
 
     async fn commit(&mut self, rows: &Rows, advance: &[Advance]) -> Result<Outcome, Error> {

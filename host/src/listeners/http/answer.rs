@@ -363,7 +363,7 @@ mod tests {
 
     #[test]
     fn a_long_list_is_written_in_pieces_that_are_together_as_long_as_was_said() {
-        let outcomes: Vec<_> = (0..1_000).map(|n| Outcome::of(n as u8 % 12)).flatten().collect();
+        let outcomes: Vec<_> = (0..1_000).filter_map(|n| Outcome::of(n as u8 % 12)).collect();
         let mut answer = of_batch(&outcomes, RETRY_AFTER).into_body();
         let (said, mut text, mut pieces) = (answer.size_hint().exact().unwrap(), Vec::new(), 0);
         while let Some(piece) = answer.frame().now_or_never().unwrap() {

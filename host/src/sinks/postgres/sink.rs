@@ -287,7 +287,7 @@ impl PostgresSink {
         let truncate =
             if stage::has_probe(columns, binding) { stage::TRUNCATE_BOTH } else { stage::TRUNCATE };
         let keeper = Keeper::new(&self.session, &self.name, self.context(), self.deadline(), truncate);
-        Ok(Stage { copy, isolate, keeper: keeper })
+        Ok(Stage { copy, isolate, keeper })
     }
 
     fn cannot_stage(&self, error: &tokio_postgres::Error) -> Error {

@@ -143,7 +143,7 @@ async fn letters_of_passes_of_the_former_form_are_told_and_taken_over_at_any_len
     let position = Position { lineage: lineage(), ..position(0, 9) };
     let told = PassPosition { pass: pass.log, position, letters };
     let (mut sink, _) = opened(&stream, &claim()).await;
-    assert_eq!(sink.passes_of(&names, log, Offset(8)).await.expect("answers"), [told.clone()]);
+    assert_eq!(sink.passes_of(&names, log, Offset(8)).await.expect("answers"), std::slice::from_ref(&told));
     // The pass goes on after the upgrade.
     let (mut sink, _) = opened(&stream, &pass).await;
     assert_eq!(sink.passes_of(&names, log, Offset(8)).await.expect("answers"), [told]);
