@@ -44,7 +44,7 @@ use self::held_folder::HeldFolder;
 use self::run_file::RunFile;
 use crate::access::Authenticator;
 use crate::admin;
-use crate::config::{Config, DEAD_LETTERS, Source, out_stream_of};
+use crate::config::{Config, DEAD_LETTERS, Source};
 use crate::devices::Devices;
 use crate::files::{Locked, found};
 use crate::hints::Hints;
@@ -56,7 +56,7 @@ use crate::plugin::{Folders, PluginState, PluginStatus, Plugins};
 use crate::sinks::stream::Target;
 use crate::sinks::{self, BuildContext, Journal};
 use crate::stream::log::{Disk, Log, RealDisk, STATE_BYTES_MAX};
-use crate::stream::{self, OnLag, Stream, Streams};
+use crate::stream::{self, AppendError, OnLag, Stream, Streams};
 use crate::telemetry::{self, Failures};
 use crate::topic::{Namespace, TopicFilter};
 use crate::units::{ByteSize, Period};
@@ -200,9 +200,16 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
             failures: failures.clone(),
             shutdown: stop_delivering.clone(),
         };
-        let started = pipeline::start(name, pipeline, deps).await;
-        let started = started.with_context(|| format!("cannot start pipeline \"{name}\""))?;
-        pipelines.push(Arc::new(started));
+        match pipeline::start(name, pipeline, deps).await {
+            Ok(started) => pipelines.push(Arc::new(started)),
+            // The other pipelines run, and devices are acknowledged.
+            Err(pipeline::DeadLettersError::Append(
+                error @ (AppendError::NoSpace | AppendError::TooLarge(_)),
+            )) => {
+                failures.stands(out_streams::not_recorded(name, &error));
+            }
+            Err(error) => return Err(error).with_context(|| format!("cannot start pipeline \"{name}\"")),
+        }
     }
     plugins.all_joined();
     // After the pipelines are attached: one with a new name learns that there was another.
@@ -424,7 +431,7 @@ fn reads(
     }
     let Some((name, rest)) = consumer.split_once('/') else { return false };
     let Some(pipeline) = config.pipelines.get(name) else { return false };
-    let out = out_stream_of(name);
+    let out = pipeline::out_stream_of(name);
     let is_written = config.out_stream(name, pipeline).is_some();
     let has_out = is_written || left_over.contains_key(&out);
     if stream != DEAD_LETTERS {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::config::{Config, out_stream_of};
+use crate::config::Config;
 use crate::pipeline::{self, Batching, OutPart, SinkPart};
 use crate::sinks::{Begin, stream::Target};
 use crate::stream::{OnLag, Prefixed, Stream, Streams};
@@ -45,8 +45,8 @@ pub fn out_part(
     streams: &Streams,
     left_over: &BTreeMap<String, Arc<dyn Stream>>,
 ) -> Option<OutPart> {
-    let out = out_stream_of(name);
-    let former = pipeline.renamed_from.as_deref().map(out_stream_of);
+    let out = pipeline::out_stream_of(name);
+    let former = pipeline.renamed_from.as_deref().map(pipeline::out_stream_of);
     if config.out_stream(name, pipeline).is_some() {
         let target = targets.get(&out)?.clone();
         let part = SinkPart { renamed_from: former, ..sink_part(config, &out, &target) };

@@ -120,7 +120,7 @@ impl Config {
     /// Name of the stream between the steps of a pipeline and its sinks: `PIPELINE.out`. A pipeline with one
     /// sink has none.
     pub fn out_stream(&self, name: &str, pipeline: &pipeline::Config) -> Option<String> {
-        (pipeline.sinks().len() > 1).then(|| out_stream_of(name))
+        (pipeline.sinks().len() > 1).then(|| pipeline::out_stream_of(name))
     }
 
     /// Adds the streams of pipelines that the config does not configure: each as the stream that the pipeline
@@ -202,14 +202,6 @@ impl Config {
 }
 
 pub use validate::DEAD_LETTERS;
-
-/// Behind the name of a pipeline: the stream of what its steps made.
-const OUT: &str = ".out";
-
-/// Name of the stream of what a pipeline's steps made.
-pub fn out_stream_of(pipeline: &str) -> String {
-    format!("{pipeline}{OUT}")
-}
 
 /// Where a config came from.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

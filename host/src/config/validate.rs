@@ -68,7 +68,7 @@ fn streams(config: &Config, problems: &mut Problems) {
     let mut seen: Vec<(&str, TopicFilter)> = Vec::new();
     for (name, stream) in &config.streams {
         let path = path.key(name);
-        let pipeline = name.strip_suffix(super::OUT);
+        let pipeline = name.strip_suffix(pipeline::OUT);
         match pipeline.and_then(|pipeline| config.pipelines.get_key_value(pipeline)) {
             Some((pipeline, of)) if config.out_stream(pipeline, of).as_ref() == Some(name) => {}
             Some((pipeline, _)) => {

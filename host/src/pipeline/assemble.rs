@@ -11,7 +11,7 @@ use uuid::Uuid;
 use super::answering::{Answering, Shown};
 use super::board::{Board, Boards};
 use super::claim::Waiting;
-use super::dead_letters::{DeadLetters, Error as DeadLettersError};
+use super::dead_letters::{DeadLetters, Error as DeadLettersError, OutHas};
 use super::delivery::{Delivery, Event, Lend};
 use super::gone::Gone;
 use super::held::HeldWorkers;
@@ -35,9 +35,10 @@ use super::{
     Redriver, SinkPart, claim_of, names_of,
 };
 use crate::batch::Offset;
+use crate::sinks::stream::Target;
 use crate::sinks::{Begin, Name};
 use crate::step::{Chain, Recall};
-use crate::stream::{BeginNow, Delivered, Stream};
+use crate::stream::{Attachment, BeginNow, Delivered, Identity, OnLag, Stream};
 use crate::telemetry::Failures;
 
 /// A redrive waits for a sink that another one has.
@@ -69,10 +70,11 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
     if let Some(left_over) = out.as_ref().filter(|out| !out.is_written) {
         names = names.taking_over(&left_over.part.name);
     }
-    let ids: Vec<String> = (0..sinks.len()).map(|sink| names.id(sink).to_owned()).collect();
+    let own = names.own();
+    let ids = &own.sinks[..sinks.len()];
     let out_now = out.as_ref().map(|out| out_now(&pipelines, &*stream, out));
-    let roads = road::plan(&dead_letters, &names, &*stream, out_now.as_ref(), &ids).await?;
-    let roads_of: Vec<Road> = ids.iter().map(|id| roads.of(id)).collect();
+    let roads = road::plan(&dead_letters, &names, &*stream, out_now.as_ref(), ids).await?;
+    let roads_of: Vec<Road> = ids.iter().map(|ids| roads.of(&ids[0])).collect();
     let read_out = out.as_ref().filter(|_| roads_of.iter().any(|road| road.reads_out(out_now.as_ref())));
 
     // The steps and the sinks have their letters by the stream that each of them reads.
@@ -83,7 +85,7 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
     };
     let letters = open(&stream, names.clone()).await?;
     let until = roads_of.iter().map(Road::source_end).chain(written.map(|_| None)).collect();
-    letters.set_until(until).await?;
+    letters.set_until(until, written.map(|out| out_has(&names, &out.target))).await?;
     metrics::register(name, &shown);
     let common = Common {
         name,
@@ -120,7 +122,7 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
             number,
             part,
             road,
-            &ids[number],
+            &ids[number][0],
             (&mut source, behind.as_mut()),
             out_now.as_ref(),
         );
@@ -128,7 +130,11 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
         places.push(place);
     }
     if let Some(OutPart { part, .. }) = out.filter(|out| out.is_written) {
-        let (lender, place) = deliver_to_out(&common, lenders.len(), part, roads.begun(), &mut source);
+        // What is written to it comes to all that read it.
+        let others =
+            lenders.iter_mut().flat_map(|lender: &mut Lender| std::mem::take(&mut lender.others)).collect();
+        let (lender, place) =
+            deliver_to_out(&common, lenders.len(), part, (roads.begun(), others), &mut source);
         lenders.push(lender);
         places.push(place);
     }
@@ -148,11 +154,12 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
         let (board, task) = behind.supervise(&of_behind, identity, (chain, recall));
         let (shutdown, drain_max, shown) = (shutdown.clone(), config.drain_max.0, Arc::clone(&board));
         boards.push(board);
+        let drains = places.clone();
         ends = tokio::spawn(async move {
             shutdown.cancelled().await;
             let end = tokio::time::Instant::now() + drain_max;
             let ended = ends.await;
-            let drained = abort.run_until_cancelled(shown.drained(&*out));
+            let drained = abort.run_until_cancelled(shown.drained(&*out, &drains));
             drop(tokio::time::timeout_at(end, drained).await);
             stop_behind.cancel();
             drop((task.await, none));
@@ -250,8 +257,9 @@ impl Part {
         let kept = self.stream.bounds();
         // A sink that has gone on to another stream needs nothing here.
         let from = if has_left { kept.end } else { kept.start };
-        let attachment: Arc<dyn crate::stream::Attachment> =
-            self.stream.attach(&consumer, from, of.on_lag).into();
+        // One that has left is only looked at: its database may be an older one.
+        let on_lag = if has_left { OnLag::Detach } else { of.on_lag };
+        let attachment: Arc<dyn Attachment> = self.stream.attach(&consumer, from, on_lag).into();
         // Now, however long the database is away.
         let now = attachment.begin_now(of.begin == Some(Begin::Now));
         let remembered = match (now, has_left) {
@@ -297,7 +305,7 @@ impl Part {
             floor: Vec::new(),
             until: None,
             next: None,
-            was_behind: false,
+            hold: has_left.then_some((consumer, of.on_lag)),
             shows: None,
         }
     }
@@ -305,7 +313,7 @@ impl Part {
     fn supervise(
         self,
         common: &Common<'_>,
-        identity: crate::stream::Identity,
+        identity: Identity,
         (chain, recall): (watch::Receiver<Chain>, Recall),
     ) -> (Arc<Board>, tokio::task::JoinHandle<()>) {
         let Self { stream, shared, members, inbox, is_behind_steps, .. } = self;
@@ -338,7 +346,7 @@ struct Of<'a> {
     names: Vec<String>,
     target: &'a str,
     batching: Batching,
-    on_lag: crate::stream::OnLag,
+    on_lag: OnLag,
     begin: Option<Begin>,
     is_stream: bool,
 }
@@ -390,7 +398,11 @@ fn travel(
     let shown = Shown::new(Arc::clone(&at_source.shared));
     let place: Place = Arc::new(AtomicUsize::new(if begins_there { BEHIND_STEPS } else { AT_SOURCE }));
     at_source.shows = Some((Arc::clone(&place), AT_SOURCE));
-    let mut places = vec![(Arc::clone(&source.shared.letters), Arc::clone(&at_source.shared))];
+    let here = (Arc::clone(&source.shared.letters), Arc::clone(&at_source.shared));
+    // Messages before that come to it by the source.
+    let source_end = road.source_end().filter(|_| !begins_there).and_then(|until| until.into_iter().max());
+    let catches_up = source_end.map(|until| (Arc::clone(&here.0), Arc::clone(&here.1), until));
+    let mut places = vec![here];
     let batching = at_source.batching;
     let mut at_out = behind.map(|behind| {
         let mut delivery = behind.add(of_behind, &of, !begins_there);
@@ -406,20 +418,17 @@ fn travel(
         at_source.next = Some((names(&delivery.writer.claim), out.log));
     }
     let (lends, asked) = mpsc::channel(LENDS_MAX);
-    let lender = Lender { lends, places, batching };
+    let lender = Lender { lends, places, others: catches_up.into_iter().collect(), batching };
     let traveller = Traveller {
         road,
         id: id.to_owned(),
-        names: source.shared.letters.names().clone(),
-        source: source.stream.identity(),
-        dead_letters: Arc::clone(common.dead_letters),
+        pipeline: common.name.to_owned(),
         sink: Box::new(Answering { sink: part.sink, shown: shown.clone() }),
         shown,
         lends: asked,
         at_source,
         at_out,
         out: out.map_or(Uuid::nil(), |out| out.log),
-        has_begun,
         begins_at_out: begins_there,
     };
     tokio::spawn(traveller.run());
@@ -431,7 +440,7 @@ fn deliver_to_out(
     common: &Common<'_>,
     number: SinkNumber,
     part: SinkPart,
-    begun: Offset,
+    (begun, others): (Offset, Vec<(Arc<DeadLetters>, Arc<SinkShared>, Offset)>),
     source: &mut Part,
 ) -> (Lender, Place) {
     let of = Of::new(number, &part);
@@ -445,9 +454,21 @@ fn deliver_to_out(
     let (lends, asked) = mpsc::channel::<Lend>(LENDS_MAX);
     delivery.lends = Some(asked);
     let places = vec![(Arc::clone(&source.shared.letters), Arc::clone(&delivery.shared))];
-    let lender = Lender { lends, places, batching: delivery.batching };
+    let lender = Lender { lends, places, others, batching: delivery.batching };
     tokio::spawn(async move { delivery.run().await });
     (lender, Arc::new(AtomicUsize::new(AT_SOURCE)))
+}
+
+/// Tells which letters redrives have written to the out stream.
+fn out_has(names: &Names, out: &Target) -> OutHas {
+    let of_out = names.sinks.last().cloned().unwrap_or_default();
+    let claims: Vec<Name> = names
+        .redrives()
+        .iter()
+        .flat_map(|pipeline| of_out.iter().map(|sink| (pipeline.clone(), sink.clone())))
+        .collect();
+    let out = out.clone();
+    Box::new(move |pass, partition, letter| out.has_passed(&claims, pass, partition, letter))
 }
 
 /// Returns the out stream as this start finds it, before anything is written to it.
@@ -457,15 +478,10 @@ fn out_now(pipelines: &[String], source: &dyn Stream, out: &OutPart) -> OutNow {
     for (pipeline, sink) in &claim.formerly {
         source.rename_reader(&format!("{pipeline}/{sink}"), &consumer);
     }
-    let goes_on = match out.is_written {
-        true => source.attach(&consumer, source.bounds().start, out.part.on_lag).remembered(),
-        false => source.bounds().end,
-    };
     OutNow {
         log: out.stream.identity().log,
         end: out.stream.bounds().end,
         reached: out.target.reached(&claim),
-        goes_on,
         is_written: out.is_written,
     }
 }

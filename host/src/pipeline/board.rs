@@ -65,12 +65,14 @@ impl Board {
         let _ = self.shown.subscribe().wait_for(|shown| shown.chain.is_some()).await;
     }
 
-    /// Returns once each sink that works has all of the stream.
-    pub async fn drained(&self, stream: &dyn Stream) {
-        let lacks =
-            |sink: &Arc<SinkShared>| sink.state() == State::Running && sink.next() < stream.bounds().end;
+    /// Returns once each sink that works and reads this stream has all of it. `places`: by sink, what it reads.
+    pub async fn drained(&self, stream: &dyn Stream, places: &[Place]) {
+        let lacks = |(sink, place): (&Arc<SinkShared>, &Place)| {
+            let is_here = place.load(Ordering::Acquire) == BEHIND_STEPS;
+            is_here && sink.state() == State::Running && sink.next() < stream.bounds().end
+        };
         let mut look = tokio::time::interval(DRAINED_EVERY);
-        while self.sinks.iter().any(lacks) {
+        while self.sinks.iter().zip(places).any(lacks) {
             look.tick().await;
         }
     }

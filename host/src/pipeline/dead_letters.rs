@@ -18,10 +18,11 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until, timeout_at};
+use uuid::Uuid;
 
 use super::ROUTES_STEP;
 use super::again::Again;
@@ -115,6 +116,9 @@ pub enum Error {
     Read(#[from] ReadError),
 }
 
+/// Whether the stream that the sinks read has a letter from a pass of a redrive, by its partition and offset.
+pub type OutHas = Box<dyn Fn(Uuid, Partition, Offset) -> bool + Send + Sync>;
+
 /// The dead letters of one pipeline, of messages from one stream.
 pub struct DeadLetters {
     stream: Arc<dyn Stream>,
@@ -138,6 +142,7 @@ pub struct DeadLetters {
     /// New letters so far.
     made: AtomicU64,
     sent: Arc<SentLetters>,
+    out_has: OnceLock<OutHas>,
     waiting: Mutex<Waiters>,
 }
 
@@ -212,6 +217,7 @@ impl DeadLetters {
             source_name: source_name.to_owned(),
             scan_key: scan_key(&pipeline),
             names,
+            out_has: OnceLock::new(),
             room_moved: Notify::new(),
             check_below: AtomicU64::new(0),
             attachment,
@@ -336,7 +342,13 @@ impl DeadLetters {
 
     /// Says for each sink from where on messages come to it by another stream: see [`Known::set_until`].
     /// A message before that which has an open letter for that stream comes to the sink with the letter.
-    pub async fn set_until(&self, until: Vec<Option<Vec<Offset>>>) -> Result<(), Error> {
+    /// `out_has` says which letters that stream has already.
+    pub async fn set_until(
+        &self,
+        until: Vec<Option<Vec<Offset>>>,
+        out_has: Option<OutHas>,
+    ) -> Result<(), Error> {
+        out_has.into_iter().for_each(|has| drop(self.out_has.set(has)));
         let has_bounds = until.iter().any(Option::is_some);
         for (sink, until) in until.into_iter().enumerate() {
             self.set_until_of(sink, until);
@@ -694,9 +706,11 @@ impl DeadLetters {
                 let partition = usize::from(partition_of(message.device(), self.source.partitions).0);
                 let comes_with_it = |sink: &SinkNumber| {
                     self.names.is_by_out(&letter, *sink)
-                        && marks
-                            .as_ref()
-                            .is_some_and(|marks| self.names.is_open_for_out(marks.get(letter.at)))
+                        && marks.as_ref().is_some_and(|marks| {
+                            let at = (message.entry.partition, message.offset());
+                            let has = |pass| self.out_has.get().is_some_and(|has| has(pass, at.0, at.1));
+                            self.names.is_open_for_out(marks.get(letter.at), has)
+                        })
                         && self.lock().is_its(*sink, partition, Offset(letter.offset))
                 };
                 let is_named = |sink: &SinkNumber| self.names.names(&letter, *sink) || comes_with_it(sink);

@@ -84,8 +84,9 @@ pub struct Delivery {
     /// The claim that the sink has in the stream with which it goes on: where it has positions there, it
     /// has left this one.
     pub next: Option<(Vec<Name>, Uuid)>,
-    /// The sink had not got all that comes by this stream when this process opened it.
-    pub was_behind: bool,
+    /// Set while the sink is only looked at here, since it has left this stream: the name of the reader, and what
+    /// retention does for it where it is found to lack messages.
+    pub hold: Option<(String, OnLag)>,
     /// Where the status finds the stream that the sink is shown in, and how it names this one.
     pub shows: Option<(Arc<AtomicUsize>, usize)>,
 }
@@ -210,7 +211,11 @@ impl Delivery {
         if self.is_done() || self.has_left().await? {
             return Err(Leave::Done);
         }
-        self.was_behind = self.until.is_some();
+        if let Some((consumer, on_lag)) = self.hold.take() {
+            let attachment: Arc<dyn Attachment> = self.stream.attach(&consumer, self.lowest(), on_lag).into();
+            self.writer.attachment = Some(Arc::clone(&attachment));
+            self.attachment = attachment;
+        }
         if let Some((place, own)) = &self.shows {
             place.store(*own, Ordering::Release);
         }

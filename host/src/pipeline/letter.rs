@@ -1,6 +1,7 @@
 //! What happened to a dead letter's message, in its properties: UTF-8 text,
 //! origin `Pipeline`, names that begin with `dead-letter`.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use uuid::Uuid;
@@ -265,14 +266,19 @@ impl Names {
         self.out.is_some_and(|out| out != sink && letter.sinks.is_some() && self.names(letter, out))
     }
 
-    /// Whether a letter with this mark is still to be sent to the stream that the sinks read.
-    pub fn is_open_for_out(&self, mark: Option<&Mark>) -> bool {
-        match (mark, self.out) {
-            (None, _) => true,
-            (Some(Mark::Open { sinks, .. }), Some(out)) => {
-                self.sinks[out].iter().any(|id| sinks.contains(id))
+    /// Whether a letter with this mark is still to be sent to the stream that the sinks read. `has`: whether that
+    /// stream has the letter from a pass.
+    pub fn is_open_for_out(&self, mark: Option<&Mark>, has: impl Fn(Uuid) -> bool) -> bool {
+        let is_out = |sinks: &BTreeSet<String>| {
+            self.out.is_some_and(|out| self.sinks[out].iter().any(|id| sinks.contains(id)))
+        };
+        match mark {
+            None => true,
+            Some(Mark::Open { sinks, .. }) => is_out(sinks),
+            Some(Mark::Pending(pending)) => {
+                pending.only.as_ref().is_none_or(is_out) && pending.pass.is_some_and(|pass| !has(pass))
             }
-            _ => false,
+            Some(Mark::Sent) => false,
         }
     }
 

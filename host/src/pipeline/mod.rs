@@ -94,7 +94,7 @@ pub use reasons::KeptReasons;
 pub use records::recorded_recipes;
 pub use redrive::{Filter, RedriveError, Summary, list_open};
 pub use redrive_status::RedriveStatus;
-pub use road::need_out;
+pub use road::{OUT, need_out, out_stream_of};
 pub use sink_names::{NAMES_PREFIX, SinkNames, name_sinks};
 pub use status::{PipelineStatus, SinkStatus, State, ToDo};
 pub use step_history::StepHistory;

@@ -718,16 +718,24 @@ pub struct Lender {
     pub lends: mpsc::Sender<Lend>,
     /// By stream that the sink reads: its dead letters, and up to where the delivery itself is.
     pub places: Vec<(Arc<DeadLetters>, Arc<SinkShared>)>,
+    /// Of the stream that sinks read: those that are new to it and run the steps themselves, up to an offset of
+    /// the source. A letter that is sent before they are past its message would come to them twice.
+    pub others: Vec<(Arc<DeadLetters>, Arc<SinkShared>, Offset)>,
     pub batching: Batching,
 }
 
 impl Lender {
     /// Whether the sink has not come to the message of a letter yet.
     fn is_before(&self, letter: &Letter<'_>) -> bool {
-        self.places.iter().any(|(letters, shared)| {
+        let lacks = |letters: &DeadLetters, shared: &SinkShared| {
             let committed = shared.committed.load(Ordering::Acquire);
             letters.is_of_source(letter) && (committed == u64::MAX || letter.offset >= committed)
-        })
+        };
+        self.places.iter().any(|(letters, shared)| lacks(letters, shared))
+            || self
+                .others
+                .iter()
+                .any(|(letters, shared, until)| letter.offset < until.0 && lacks(letters, shared))
     }
 }
 

@@ -21,13 +21,14 @@ use uuid::Uuid;
 
 use super::dead_letters::Error;
 use super::letter::Names;
-use super::sink_names::{NAMES_PREFIX, SinkNames};
 use crate::batch::Offset;
-use crate::stream::{AppendError, Identity, StateChange, Stream};
+use crate::stream::{AppendError, Delivered, Identity, OnLag, StateChange, Stream};
 
 /// Begin of the state keys; then the pipeline, the log and the generation of the source, and the id of a
 /// sink, or nothing for the pipeline itself.
 const KEY: &str = "roads/";
+/// Legs of a road that are remembered. Those that a sink has behind it count too: its database may be an older one.
+const LEGS_MAX: usize = 16;
 
 /// One after the other, never empty: the last one has no end.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -78,9 +79,6 @@ pub struct OutNow {
     pub end: Offset,
     /// What the steps have written, by partition of the source, as the out stream says itself.
     pub reached: Vec<Offset>,
-    /// Where the steps were, as the source remembers it: where they go on if the out stream that they wrote is
-    /// gone, and this one in its place.
-    pub goes_on: Offset,
     /// Whether the steps write to it: the pipeline has several sinks.
     pub is_written: bool,
 }
@@ -119,6 +117,13 @@ impl Road {
         self.legs.iter().any(is_it)
     }
 
+    /// Forgets the oldest legs of a sink whose pipeline changed often: a database from then would lack them.
+    fn shorten(&mut self) {
+        while self.legs.len() > LEGS_MAX {
+            self.legs.drain(..2);
+        }
+    }
+
     fn log(&self) -> Option<Uuid> {
         match self.legs.last() {
             Some(Leg::Out { log, .. }) => Some(*log),
@@ -155,12 +160,15 @@ impl Road {
         }
     }
 
+    /// Writes offsets as the least of them, and where they differ how far each is above that.
     fn bytes(&self) -> Vec<u8> {
         let mut road = self.clone();
         road.each_partition(|offsets| {
-            if offsets.iter().all(|offset| Some(offset) == offsets.first()) {
-                offsets.truncate(1);
-            }
+            let Some(least) = offsets.iter().min().copied() else { return };
+            let above = offsets.iter().map(|offset| Offset(offset.0 - least.0));
+            let above: Vec<_> =
+                if offsets.iter().all(|offset| *offset == least) { Vec::new() } else { above.collect() };
+            *offsets = std::iter::once(least).chain(above).collect();
         });
         json(&road)
     }
@@ -169,11 +177,18 @@ impl Road {
         let mut road: Self =
             serde_json::from_slice(bytes).ok().filter(|road: &Self| !road.legs.is_empty())?;
         road.each_partition(|offsets| {
-            if let [only] = offsets[..] {
-                *offsets = vec![only; usize::from(partitions)];
-            }
+            let Some((least, above)) = offsets.split_first() else { return };
+            *offsets = match above {
+                [] => vec![*least; usize::from(partitions)],
+                above => above.iter().map(|above| Offset(least.0 + above.0)).collect(),
+            };
         });
-        Some(road)
+        let is_whole = |offsets: &Vec<Offset>| offsets.is_empty() || offsets.len() == usize::from(partitions);
+        let is_sound = road.legs.iter().all(|leg| match leg {
+            Leg::Source { from, until } => is_whole(from) && until.as_ref().is_none_or(is_whole),
+            Leg::Out { .. } => true,
+        });
+        is_sound.then_some(road)
     }
 
     /// Whether some leg is of the out stream.
@@ -182,12 +197,24 @@ impl Road {
     }
 }
 
+impl Leg {
+    /// Returns where this leg begins if it is of the same stream as another one.
+    pub fn begin(&self, other: &Self) -> Option<Offset> {
+        match (self, other) {
+            (Self::Source { from, .. }, Self::Source { .. }) => from.iter().min().copied(),
+            (Self::Out { log, from, .. }, Self::Out { log: other, .. }) => (log == other).then_some(*from),
+            _ => None,
+        }
+    }
+}
+
 impl Roads {
+    /// Reads what is recorded under the name that the pipeline had, if there is any: at the first start with
+    /// `renamed_from` nothing else is its own.
     pub fn read(dead_letters: &dyn Stream, pipelines: &[String], source: Identity) -> Self {
-        let mut roads = Self::default();
-        // What is under the name that the pipeline has counts first.
-        for pipeline in pipelines.iter().rev() {
+        let of = |pipeline: &String| {
             let prefix = prefix(pipeline, source);
+            let mut roads = Self::default();
             for (key, value) in dead_letters.state(prefix.as_bytes()) {
                 let Some(Ok(sink)) = key.get(prefix.len()..).map(std::str::from_utf8) else { continue };
                 match sink {
@@ -198,21 +225,43 @@ impl Roads {
                     }
                 }
             }
-        }
-        roads
+            (roads != Self::default()).then_some(roads)
+        };
+        pipelines.iter().rev().find_map(of).unwrap_or_default()
     }
 
     /// Returns the roads as they are from this start on. `out`: the pipeline's out stream, written or left
-    /// over; `sinks`: the ids of the pipeline's sinks; `end`: where the source ends.
-    fn turned(&self, out: Option<&OutNow>, sinks: &[String], end: Offset) -> Self {
+    /// over; `goes_on`: where the steps go on in the source if the out stream that they wrote is gone; `sinks`: the
+    /// ids of each of the pipeline's sinks; `end`: where the source ends.
+    fn turned(
+        &self,
+        out: Option<&OutNow>,
+        goes_on: Offset,
+        sinks: &[Vec<String>],
+        end: Offset,
+        partitions: usize,
+    ) -> Self {
         let mut now = self.clone();
+        for ids in sinks {
+            // A sink may have its road under an id that it had.
+            if let Some((first, others)) = ids.split_first()
+                && !now.of.contains_key(first)
+                && let Some(road) = others.iter().find_map(|id| now.of.remove(id))
+            {
+                now.of.insert(first.clone(), road);
+            }
+        }
         now.begun.iter_mut().for_each(|begun| begun.from = begun.from.min(end));
         now.of.values_mut().for_each(|road| road.cut(end, out));
         let written = out.filter(|out| out.is_written);
         let begun = now.begun;
         now.begun = written.map(|out| match begun {
             Some(begun) if begun.log == out.log => begun,
-            Some(_) => Begun { log: out.log, from: out.goes_on.min(end) },
+            Some(_) => Begun { log: out.log, from: goes_on.min(end) },
+            // All records are lost, and the steps have written: they go on where they were.
+            None if self.of.is_empty() && out.reached.iter().any(|reached| *reached > Offset(0)) => {
+                Begun { log: out.log, from: Offset(0) }
+            }
             None => Begun { log: out.log, from: end },
         });
         let reached = |out: &OutNow, begun: Option<Begun>| -> Vec<Offset> {
@@ -227,17 +276,18 @@ impl Roads {
                 Some(out) => road.back_to_source(out.end, &reached(out, begun)),
                 // The stream is gone, and with it what was in it and not yet in the sink.
                 None => {
-                    let goes_on = written.map(|out| reached(out, now.begun));
-                    road.back_to_source(Offset(0), &goes_on.unwrap_or_default());
+                    let goes_on = vec![goes_on.min(end); partitions];
+                    road.back_to_source(Offset(0), &written.map_or(goes_on, |out| reached(out, now.begun)));
                 }
             }
         }
-        for sink in sinks {
+        for sink in sinks.iter().filter_map(|ids| ids.first()) {
             let road = now.of.entry(sink.clone()).or_insert_with(Road::begin);
             if let Some(out) = written {
                 road.on_to(out, &reached(out, now.begun));
             }
         }
+        now.of.values_mut().for_each(Road::shorten);
         // A sink that has only ever read the source needs no note.
         now.of.retain(|_, road| *road != Road::begin());
         now
@@ -253,13 +303,18 @@ impl Roads {
     }
 }
 
-/// Whether sinks of a pipeline with these names may have messages of its out stream still to come; `sinks`: the
-/// names of those that the pipeline has.
-pub fn need_out(dead_letters: &dyn Stream, pipelines: &[String], sinks: &[&str], source: Identity) -> bool {
-    let names = SinkNames::read(&dead_letters.state(NAMES_PREFIX));
-    let roads = Roads::read(dead_letters, pipelines, source).of;
-    let ids = sinks.iter().flat_map(|sink| names.meant(sink));
-    ids.filter_map(|id| roads.get(&id)).any(Road::needs_out)
+/// Whether sinks of a pipeline with these names may have messages of its out stream still to come, those among
+/// them that are not in the config now.
+pub fn need_out(dead_letters: &dyn Stream, pipelines: &[String], source: Identity) -> bool {
+    Roads::read(dead_letters, pipelines, source).of.values().any(Road::needs_out)
+}
+
+/// Behind the name of a pipeline: the stream of what its steps made.
+pub const OUT: &str = ".out";
+
+/// Name of the stream of what a pipeline's steps made.
+pub fn out_stream_of(pipeline: &str) -> String {
+    format!("{pipeline}{OUT}")
 }
 
 /// Decides by which legs the sinks of a pipeline go on, and writes it down. Returns once that survives a crash.
@@ -268,11 +323,12 @@ pub async fn plan(
     names: &Names,
     source: &dyn Stream,
     out: Option<&OutNow>,
-    sinks: &[String],
+    sinks: &[Vec<String>],
 ) -> Result<Roads, Error> {
     let (identity, end) = (source.identity(), source.bounds().end);
     let before = Roads::read(&**dead_letters, &names.pipelines, identity);
-    let now = before.turned(out, sinks, end);
+    let partitions = usize::from(identity.partitions);
+    let now = before.turned(out, goes_on(names.pipeline(), source), sinks, end, partitions);
     let prefix = prefix(names.pipeline(), identity);
     let of = |roads: &Roads| -> BTreeMap<String, Vec<u8>> {
         let begun = roads.begun.iter().map(|begun| (String::new(), json(begun)));
@@ -295,17 +351,13 @@ pub async fn plan(
     Ok(now)
 }
 
-/// Forgets the legs of a sink before its `left`-th, which it has behind it. Where there is no room for that
-/// it is done another time.
-pub fn forget_legs(dead_letters: &dyn Stream, names: &Names, source: Identity, sink: &str, left: usize) {
-    let mut road = Roads::read(dead_letters, &names.pipelines, source).of(sink);
-    if left >= road.legs.len() {
-        return;
-    }
-    road.legs.drain(..left);
-    let key = format!("{}{sink}", prefix(names.pipeline(), source));
-    let value = road.bytes();
-    drop(dead_letters.append(&[], &[StateChange { key: key.as_bytes(), value: Some(&value) }]));
+/// Returns where the steps were in the source, as it remembers the out stream as its reader.
+fn goes_on(pipeline: &str, source: &dyn Stream) -> Offset {
+    let end = source.bounds().end;
+    let attachment = source.attach(&format!("{pipeline}/{}", out_stream_of(pipeline)), end, OnLag::Detach);
+    let remembered = (attachment.delivered() == Delivered::ToThis).then(|| attachment.remembered());
+    attachment.detach();
+    remembered.unwrap_or(end)
 }
 
 async fn write(dead_letters: &Arc<dyn Stream>, changes: &[StateChange<'_>]) -> Result<(), Error> {
@@ -357,12 +409,12 @@ mod tests {
     }
 
     fn out(end: u64, reached: [u64; 2], is_written: bool) -> OutNow {
-        OutNow { log: LOG, end: Offset(end), reached: offsets(reached), goes_on: Offset(0), is_written }
+        OutNow { log: LOG, end: Offset(end), reached: offsets(reached), is_written }
     }
 
     fn turned(roads: &Roads, out: Option<&OutNow>, sinks: &[&str], end: u64) -> Roads {
-        let sinks: Vec<_> = sinks.iter().map(|sink| (*sink).to_owned()).collect();
-        roads.turned(out, &sinks, Offset(end))
+        let sinks: Vec<_> = sinks.iter().map(|sink| vec![(*sink).to_owned()]).collect();
+        roads.turned(out, Offset(30), &sinks, Offset(end), 2)
     }
 
     fn source(from: Option<[u64; 2]>, until: Option<[u64; 2]>) -> Leg {
@@ -412,11 +464,39 @@ mod tests {
     #[test]
     fn an_out_stream_that_is_gone_is_begun_anew_where_the_steps_were() {
         let both = turned(&Roads::default(), Some(&out(0, [0, 0], true)), &["a"], 9);
-        let new = OutNow { log: Uuid::from_u128(8), goes_on: Offset(30), ..out(0, [0, 0], true) };
+        let new = OutNow { log: Uuid::from_u128(8), ..out(0, [0, 0], true) };
         let anew = turned(&both, Some(&new), &["a"], 50);
         assert_eq!(anew.begun(), Offset(30));
         let last = Leg::Out { log: new.log, from: Offset(0), until: None };
         assert_eq!(anew.of("a").legs[2..], [source(Some([30, 30]), Some([30, 30])), last]);
+        let alone = turned(&both, None, &["a"], 50);
+        assert_eq!(alone.of("a").legs[1..], [by_out(0, Some(0)), source(Some([30, 30]), None)]);
+    }
+
+    #[test]
+    fn steps_go_on_where_they_were_when_all_records_are_lost() {
+        let lost = turned(&Roads::default(), Some(&out(40, [30, 31], true)), &["a"], 50);
+        assert_eq!(lost.begun(), Offset(0), "the out stream says itself how far they were");
+        assert_eq!(lost.of("a").legs, [source(None, Some([30, 31])), by_out(40, None)]);
+    }
+
+    #[test]
+    fn a_sink_has_the_road_of_any_name_that_it_had() {
+        let both = turned(&Roads::default(), Some(&out(0, [0, 0], true)), &["w"], 9);
+        let ids = vec![vec!["w@7".to_owned(), "w".to_owned(), "x".to_owned()]];
+        let renamed = both.turned(Some(&out(5, [9, 9], true)), Offset(0), &ids, Offset(9), 2);
+        assert_eq!((renamed.of("w@7"), renamed.of.len()), (both.of("w"), 1));
+    }
+
+    #[test]
+    fn a_road_has_a_bounded_number_of_legs() {
+        let mut roads = Roads::default();
+        for change in 0..20 {
+            roads = turned(&roads, Some(&out(change, [change; 2], true)), &["a"], change);
+            roads = turned(&roads, Some(&out(change, [change; 2], false)), &["a"], change);
+        }
+        let legs = roads.of("a").legs;
+        assert!(legs.len() <= LEGS_MAX && matches!(legs[0], Leg::Source { .. }), "{legs:?}");
     }
 
     #[test]

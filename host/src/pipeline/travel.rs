@@ -1,6 +1,5 @@
 //! A sink on its road: what delivers to it from one stream, then from the next.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use tokio::sync::mpsc;
@@ -9,19 +8,18 @@ use uuid::Uuid;
 use super::answering::Shown;
 use super::claim::FirstStart;
 use super::delivery::{Delivery, End, Event, Lend};
-use super::letter::Names;
-use super::road::{self, Leg, Road};
+use super::road::{Leg, Road};
 use crate::batch::Offset;
 use crate::sinks::Sink;
-use crate::stream::{BeginNow, Identity, Stream};
+use crate::stream::BeginNow;
+
+/// Stands for the position of a sink in a stream that it has left for good.
+const LEFT: u64 = u64::MAX - 1;
 
 pub struct Traveller {
     pub road: Road,
-    /// Names the sink in the record of its road.
     pub id: String,
-    pub names: Names,
-    pub source: Identity,
-    pub dead_letters: Arc<dyn Stream>,
+    pub pipeline: String,
     pub sink: Box<dyn Sink>,
     pub shown: Shown,
     pub lends: mpsc::Receiver<Lend>,
@@ -29,10 +27,8 @@ pub struct Traveller {
     /// From the out stream, where the pipeline has one.
     pub at_out: Option<Delivery>,
     pub out: Uuid,
-    /// An earlier process delivered from the out stream.
-    pub has_begun: bool,
-    /// And it has left the source for good: that is looked at once more only because its database may be an
-    /// older one.
+    /// In an earlier process it left the source for good: that is looked at once more only because its database
+    /// may be an older one.
     pub begins_at_out: bool,
 }
 
@@ -40,7 +36,6 @@ impl Traveller {
     /// Delivers leg by leg, until the process ends or the sink stops.
     pub async fn run(mut self) {
         let (mut sink, mut lends) = (self.sink, self.lends);
-        let (mut was_behind, mut forgotten) = (false, 0);
         let legs = std::mem::take(&mut self.road.legs);
         for (place, leg) in legs.iter().enumerate() {
             let delivery = match (leg, &mut self.at_out) {
@@ -62,16 +57,13 @@ impl Traveller {
                     delivery.floor = if was_back { vec![*from; partitions] } else { Vec::new() };
                     delivery.writer.letters.set_until_of(delivery.number, until.clone());
                     delivery.until = until;
-                    // A claim that is new begins where the sink left the source. Where one was there before
-                    // and is gone, a person is asked, as anywhere.
-                    if was_behind || !self.has_begun {
-                        begin_at(delivery, *from);
-                    }
+                    // A claim that is new begins where the sink left the source.
+                    begin_at(delivery, *from);
                     delivery
                 }
                 (Leg::Out { log, .. }, _) => {
                     tracing::error!(
-                        pipeline = self.names.pipeline(),
+                        pipeline = self.pipeline,
                         sink = self.id,
                         %log,
                         "the stream that the sink read before is gone, and with it what the sink had not got of it"
@@ -84,7 +76,6 @@ impl Traveller {
             if let Some((place, own)) = delivery.shows.as_ref().filter(|_| !is_a_look) {
                 place.store(*own, Ordering::Release);
             }
-            delivery.was_behind = false;
             delivery.writer.sink = Some(sink);
             delivery.lends = Some(lends);
             if delivery.run().await == End::Ended {
@@ -98,15 +89,16 @@ impl Traveller {
                 }
                 return;
             }
-            was_behind |= delivery.was_behind;
-            delivery.attachment.detach();
+            // What the next leg of this stream needs stays.
+            match legs[place + 1..].iter().find_map(|other| other.begin(leg)) {
+                Some(next) => delivery.attachment.advance(next),
+                None => {
+                    delivery.attachment.detach();
+                    delivery.shared.committed.store(LEFT, Ordering::Release);
+                }
+            }
             sink = delivery.writer.sink.take().expect("a lent sink is back before a delivery ends");
             lends = delivery.lends.take().unwrap_or_else(|| mpsc::channel(1).1);
-            if matches!(leg, Leg::Out { .. }) {
-                let left = place + 1 - forgotten;
-                road::forget_legs(&*self.dead_letters, &self.names, self.source, &self.id, left);
-                forgotten += left;
-            }
         }
     }
 }

@@ -64,6 +64,12 @@ impl Target {
         reached
     }
 
+    /// Whether a claim with one of these names has written what lies at an offset of a log.
+    pub fn has_passed(&self, names: &[Name], log: Uuid, partition: Partition, offset: Offset) -> bool {
+        let positions = self.positions.positions_of(names, &[log]);
+        positions.into_iter().any(|(_, of, next)| of == partition && next > offset)
+    }
+
     /// Returns the message as the stream has it. Its partition is that of its device in this stream.
     fn message<'r>(&self, row: &MessageRef<'r>) -> NewMessage<'r> {
         let device = row.device();
@@ -182,8 +188,7 @@ impl Sink for StreamSink {
     }
 
     async fn positions_of(&mut self, claims: &[Name], logs: &[Uuid]) -> Result<Vec<LogPosition>, Error> {
-        let positions = &self.target.positions;
-        Ok(positions.look(|entries| state_positions::positions_of(entries, claims, logs)))
+        Ok(self.target.positions.positions_of(claims, logs))
     }
 
     async fn passes_of(
@@ -192,8 +197,7 @@ impl Sink for StreamSink {
         log: Uuid,
         above: Offset,
     ) -> Result<Vec<PassPosition>, Error> {
-        let positions = &self.target.positions;
-        Ok(positions.look(|entries| state_positions::passes_of(entries, claims, log, above)))
+        Ok(self.target.positions.passes_of(claims, log, above))
     }
 
     async fn commit(&mut self, rows: &Rows, advance: &[Advance]) -> Result<Outcome, Error> {

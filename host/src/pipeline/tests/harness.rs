@@ -13,7 +13,7 @@ use uuid::Uuid;
 use crate::batch::{Batch, Entry, MessageRef, Offset, Partition, Span};
 use crate::pipeline::{
     Backoff, Batching, Config, Deps, Handle, KeptReasons, Letter, MARK_PREFIX, Mark, Marks, OutPart,
-    PipelineStatus, Retries, RouteTarget, SinkPart, list_open, name_sinks, start,
+    PipelineStatus, Retries, RouteTarget, SinkPart, list_open, name_sinks, names_of, need_out, start,
 };
 use crate::problems::{KeyPath, Problem};
 use crate::sinks::Begin;
@@ -393,6 +393,10 @@ impl World {
         let stream = self.out.clone()?;
         let target = self.out_target.clone()?;
         let is_written = self.config.sinks().len() > 1;
+        let names = names_of(&self.pipeline, &self.config.renamed_from);
+        if !is_written && !need_out(&*self.dead, &names, self.stream.identity()) {
+            return None;
+        }
         let part = SinkPart {
             name: OUT.to_owned(),
             sink: target.sink(),
