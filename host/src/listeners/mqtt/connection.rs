@@ -6,6 +6,7 @@
 mod changing;
 mod delivering;
 mod ending;
+mod last;
 mod packets;
 #[cfg(test)]
 mod tests;
@@ -21,13 +22,14 @@ use std::time::Duration;
 use bytes::{Buf, BytesMut};
 use rmqtt_codec::v5::DisconnectReasonCode;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::task::coop::{consume_budget, unconstrained};
+use tokio::task::coop::consume_budget;
 use tokio::task::yield_now;
 use tokio::time::{Instant, Sleep, sleep_until, timeout};
 
 use self::changing::{Changing, changed};
 use self::delivering::{Moved, Outward, outward};
 use self::ending::{End, Leaving, linger};
+use self::last::LastReads;
 use super::Broker;
 use super::acks::Stopped;
 use super::aliases::Aliases;
@@ -48,11 +50,7 @@ use crate::threads::{SHORT_TURN, offer_core};
 const READ_BYTES_MAX: usize = 64 << 10;
 /// Bytes that are read ahead for PINGREQ while earlier input waits.
 const STALLED_READ_BYTES_MAX: usize = 16 << 10;
-/// Bytes that are read of a connection whose client has come back by another one, before it ends.
-const LAST_BYTES_MAX: u32 = 256 << 10;
-/// What a read counts as beside its bytes: a frame of a WebSocket, or a record of TLS, may hold few.
-const LAST_READ_BYTES: u32 = 64;
-/// Size of the write buffer up to which deliveries are added.
+/// Deliveries are added to the write buffer up to this size.
 const WRITE_BYTES_MAX: usize = 64 << 10;
 /// Size of the write buffer up to which deliveries are added when the memory of all connections is used
 /// up.
@@ -96,13 +94,12 @@ struct Connection<'b, S> {
     keep_alive: Option<Duration>,
     /// What deliveries wait for.
     outward: Option<Box<Outward>>,
-    /// Set when the host stops: nothing more is read, and pending acknowledgements may be sent until
-    /// this time.
-    drain_until: Option<Instant>,
-    /// Whether the client has disconnected. Its earlier packets are still processed.
+    /// The host stops: nothing more is read, waiting acks may go out until the timer fires.
+    drains: bool,
+    /// The client has left. What it sent before is still taken in.
     has_left: bool,
-    /// The rest of [`LAST_BYTES_MAX`].
-    last_bytes: u32,
+    /// Its client has come back by another one.
+    last: Option<Box<LastReads>>,
 }
 
 enum Io {
@@ -202,9 +199,9 @@ where
         last_read: Instant::now(),
         keep_alive: (keep_alive_s > 0).then(|| Duration::from_millis(u64::from(keep_alive_s) * 1_500)),
         outward: None,
-        drain_until: None,
+        drains: false,
         has_left: false,
-        last_bytes: LAST_BYTES_MAX,
+        last: None,
     };
     Some((connection, Leaving { turn, user_place }))
 }
@@ -289,7 +286,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
                 let why = auth::over(self.auth.as_deref(), self.inbound.rights());
                 Err(End::Fault(auth::failed(self.broker, &self.session.client_id, why)))
             }
-            Event::Wake => self.woken(timer),
+            // Whether it is called is looked at before the next event.
+            Event::Wake => Ok(()),
+            Event::Called => self.called(timer),
             Event::Timer => self.timer_fired(timer),
         }
     }
@@ -299,7 +298,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         if self.changing.is_some() {
             self.inbound.hold(!self.answers_first());
         }
-        while !self.input.is_empty() && self.drain_until.is_none() {
+        while !self.input.is_empty() && !self.drains {
             let (used, next) = self
                 .inbound
                 .take(self.broker, &self.input, &mut self.out)
@@ -336,7 +335,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
 
     /// Returns whether the waiting input will be processed soon.
     fn waits_briefly(&self) -> bool {
-        self.answers_first() || self.inbound.is_asking()
+        let waits_for_acks = self.stopped_at == Next::Room && self.inbound.waits_for_acks(self.broker);
+        waits_for_acks || self.answers_first() || self.inbound.is_asking()
     }
 
     /// Returns whether deliveries wait for a SUBACK, as most clients expect. They do not wait while the
@@ -377,7 +377,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
     async fn next_event(&mut self, timer: Pin<&mut Sleep>) -> Event {
         // Looked at first: a socket that always has something comes first below.
         if self.is_called() {
-            return Box::pin(self.last_io()).await.map_or(Event::Wake, Event::Io);
+            return Box::pin(self.last_event()).await;
         }
         let read_max = if self.out.len() < WRITE_PAUSE_BYTES { self.read_max() } else { 0 };
         let (io, out) = (&mut self.io, &mut self.out);
@@ -420,7 +420,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
     }
 
     fn read_max(&self) -> usize {
-        let read = self.drain_until.is_none() && self.has_room();
+        let read = !self.drains && self.has_room();
         let room = &self.broker.incoming_permits;
         let is_scarce = room.is_wanted() || !self.inbound.memory.has_room(READ_BYTES_MAX);
         match (read, is_scarce && self.partial.is_none()) {
@@ -430,35 +430,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         }
     }
 
-    /// What the client sent before it came back by another connection is taken in first: it may have said
-    /// goodbye, which decides about its will.
-    async fn last_io(&mut self) -> Option<Io> {
-        if !self.session.is_wanted() || self.has_left {
-            return None;
-        }
-        self.last_bytes = self.last_bytes.checked_sub(LAST_READ_BYTES)?;
-        let (read_max, io) = (self.read_max(), &mut self.io);
-        // Without a budget: else it may seem that there is nothing. Nothing is written to who has gone.
-        let io = unconstrained(poll_fn(|cx| match poll_io(io, &mut BytesMut::new(), read_max, cx) {
-            Poll::Ready(io) => Poll::Ready(Some(io)),
-            Poll::Pending => Poll::Ready(None),
-        }))
-        .await;
-        if let Some(Io::Read(len)) = io {
-            self.last_bytes = self.last_bytes.saturating_sub(len as u32);
-        }
-        io
-    }
-
-    /// Returns whether [`Self::woken`] has something to do.
+    /// Whether [`Self::called`] has something to say.
     fn is_called(&self) -> bool {
         self.session.kicked.load(Ordering::Acquire)
             || self.session.is_wanted()
             || self.session.overflow.load(Ordering::Acquire)
-            || self.drain_until.is_none() && self.broker.shutdown.is_cancelled()
+            || !self.drains && self.broker.shutdown.is_cancelled()
     }
 
-    fn woken(&mut self, mut timer: Pin<&mut Sleep>) -> Result<(), End> {
+    fn called(&mut self, mut timer: Pin<&mut Sleep>) -> Result<(), End> {
         if self.session.kicked.load(Ordering::Acquire) {
             return Err(End::Kicked);
         }
@@ -468,9 +448,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         if self.session.overflow.load(Ordering::Acquire) {
             return Err(End::Slow);
         }
-        if self.broker.shutdown.is_cancelled() && self.drain_until.is_none() {
+        if self.broker.shutdown.is_cancelled() && !self.drains {
             let until = Instant::now() + self.broker.config.drain_timeout.0;
-            self.drain_until = Some(until);
+            self.drains = true;
             self.inbound.drain();
             timer.as_mut().reset(until);
         }
@@ -480,7 +460,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
     /// Checks keep alive, which is 1.5 times the client's interval (MQTT 5.0, 3.1.2.10). It does not
     /// apply while the client's socket is not read.
     fn timer_fired(&mut self, mut timer: Pin<&mut Sleep>) -> Result<(), End> {
-        if self.drain_until.is_some() {
+        if self.drains {
             return Err(End::Shutdown);
         }
         let Some(keep_alive) = self.keep_alive else {
@@ -507,7 +487,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
             return Some(End::Lost);
         }
         let is_waiting = self.inbound.is_waiting() || self.changing.is_some();
-        let drained = self.drain_until.is_some() && !is_waiting && self.out.is_empty();
+        let drained = self.drains && !is_waiting && self.out.is_empty();
         drained.then_some(End::Shutdown)
     }
 }
@@ -528,17 +508,22 @@ enum Event {
     /// The check of the client's re-authentication is complete.
     Looked(Box<Looked>),
     AuthDeadline,
+    /// Deliveries may wait, or the connection is called.
     Wake,
+    /// The connection is to end, and nothing is left to be read before it does.
+    Called,
     Timer,
 }
 
-/// Writes pending bytes, and reads at most `read_max` bytes into the thread's buffer.
+/// Writes what there is, and reads at most `read_max` into the thread's buffer. What came from a peer that takes
+/// nothing more is read first: it may have said goodbye before it closed its socket.
 fn poll_io<S: AsyncRead + AsyncWrite + Unpin>(
     io: &mut S,
     out: &mut BytesMut,
     read_max: usize,
     cx: &mut std::task::Context<'_>,
 ) -> Poll<Io> {
+    let mut is_closed = false;
     if !out.is_empty() {
         match Pin::new(&mut *io).poll_write(cx, out) {
             Poll::Ready(Ok(len @ 1..)) => {
@@ -548,17 +533,17 @@ fn poll_io<S: AsyncRead + AsyncWrite + Unpin>(
                 }
                 return Poll::Ready(Io::Wrote(len));
             }
-            Poll::Ready(_) => return Poll::Ready(Io::Lost),
+            Poll::Ready(_) => is_closed = true,
             Poll::Pending => {}
         }
     }
     // TLS keeps records of its own until the socket takes them.
-    if let Poll::Ready(Err(_)) = Pin::new(&mut *io).poll_flush(cx) {
-        return Poll::Ready(Io::Lost);
-    }
-    if read_max == 0 {
-        return Poll::Pending;
-    }
+    is_closed |= matches!(Pin::new(&mut *io).poll_flush(cx), Poll::Ready(Err(_)));
+    let read = if read_max == 0 { Poll::Pending } else { poll_read(io, read_max, cx) };
+    if is_closed && read.is_pending() { Poll::Ready(Io::Lost) } else { read }
+}
+
+fn poll_read<S: AsyncRead + Unpin>(io: &mut S, read_max: usize, cx: &mut std::task::Context<'_>) -> Poll<Io> {
     READ.with_borrow_mut(|buffer| {
         let mut buffer = ReadBuf::new(&mut buffer[..read_max]);
         match Pin::new(io).poll_read(cx, &mut buffer) {

@@ -43,7 +43,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
     pub(super) fn deliver(&mut self) {
         let has_room = self.inbound.memory.has_room(WRITE_BYTES_MAX);
         let bytes_max = if has_room { WRITE_BYTES_MAX } else { WRITE_BYTES_LEAST };
-        if self.out.len() >= bytes_max || self.drain_until.is_some() || self.answers_first() {
+        if self.out.len() >= bytes_max || self.drains || self.answers_first() {
             return;
         }
         // Its packet is written: the next one waits for its turn.

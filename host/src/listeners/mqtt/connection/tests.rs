@@ -3,6 +3,7 @@ use std::net::SocketAddr;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
+use super::last::{LAST_BYTES_LEAST, LAST_BYTES_MAX, LAST_OUT_MAX};
 use super::*;
 use crate::access::Identity;
 use crate::listeners::mqtt::config::Config;
@@ -20,8 +21,16 @@ fn silent(broker: &Arc<Broker>, session: Arc<Session>) -> Connection<'_, tokio::
     connection(broker, session, tokio::io::empty())
 }
 
-fn connection<S>(broker: &Arc<Broker>, session: Arc<Session>, io: S) -> Connection<'_, S> {
-    let version = Version::V5;
+pub(super) fn connection<S>(broker: &Arc<Broker>, session: Arc<Session>, io: S) -> Connection<'_, S> {
+    connection_of(broker, session, Version::V5, io)
+}
+
+pub(super) fn connection_of<S>(
+    broker: &Arc<Broker>,
+    session: Arc<Session>,
+    version: Version,
+    io: S,
+) -> Connection<'_, S> {
     let rights = broker.access.rights(Identity::default(), "c", None);
     Connection {
         broker,
@@ -44,9 +53,9 @@ fn connection<S>(broker: &Arc<Broker>, session: Arc<Session>, io: S) -> Connecti
         last_read: Instant::now(),
         keep_alive: Some(Duration::ZERO),
         outward: None,
-        drain_until: None,
+        drains: false,
         has_left: false,
-        last_bytes: LAST_BYTES_MAX,
+        last: None,
     }
 }
 
@@ -179,19 +188,24 @@ async fn a_takeover_names_the_connection_that_it_ended() {
     assert_eq!(contended[0].takeovers, 4);
 }
 
-/// A client that sends without end does not keep the other one waiting.
+/// A client that sends without end does not keep the other one waiting, nor is what it is answered kept.
 #[tokio::test]
 async fn a_client_whose_session_is_wanted_is_read_a_while_longer() {
-    let stores = || MemoryStream::new("s", 1);
-    let broker = &broker(&Config::default(), stores(), stores());
-    let (session, _turn) = broker.sessions.claim("c", 9).await.unwrap();
-    let mut other = std::pin::pin!(broker.sessions.claim("c", 9));
-    assert!(futures_util::poll!(&mut other).is_pending());
-    let pings = std::iter::repeat_n([0xc0, 0], 1 << 20).flatten().collect::<Vec<u8>>();
-    let io = tokio::io::join(&*pings, tokio::io::sink());
-    let mut connection = connection(broker, session, io);
-    let end = connection.run().await;
-    assert!(matches!(end, End::TakenOver) && connection.io.reader().len() > pings.len() / 2);
+    let publish = [&[0x30, 120, 0, 1, b'x'][..], &[0; 117]].concat();
+    for (packet, max) in [(publish, LAST_BYTES_MAX as usize), (vec![0xc0, 0], LAST_OUT_MAX)] {
+        let stores = || MemoryStream::new("s", 1);
+        let broker = &broker(&Config::default(), stores(), stores());
+        let (session, _turn) = broker.sessions.claim("c", 9).await.unwrap();
+        let mut other = std::pin::pin!(broker.sessions.claim("c", 9));
+        assert!(futures_util::poll!(&mut other).is_pending());
+        let sent = packet.repeat(2 * LAST_BYTES_MAX as usize / packet.len());
+        let io = tokio::io::join(&*sent, tokio::io::sink());
+        let mut connection = connection(broker, session, io);
+        assert!(matches!(connection.run().await, End::TakenOver));
+        let read = sent.len() - connection.io.reader().len();
+        assert!(read > LAST_BYTES_LEAST as usize && read <= max + READ_BYTES_MAX, "{read} of {max} bytes");
+        assert!(connection.out.len() < LAST_OUT_MAX + 2 * READ_BYTES_MAX, "{} bytes", connection.out.len());
+    }
 }
 
 fn size_of_future<A, B, C, D, F: Future>(_: fn(A, B, C, D) -> F) -> usize {

@@ -353,10 +353,16 @@ impl Inbound {
     }
 
     fn is_full(&self, broker: &Broker) -> bool {
-        self.asks
-            || self.held.is_some()
-            || self.is_stalled()
-            || self.acks.waiting() >= broker.waiting_acks_max(self.version)
+        self.asks || self.held.is_some() || self.is_stalled() || self.has_all_acks(broker)
+    }
+
+    fn has_all_acks(&self, broker: &Broker) -> bool {
+        self.acks.waiting() >= broker.waiting_acks_max(self.version)
+    }
+
+    /// Whether more is taken in as soon as acks may go.
+    pub fn waits_for_acks(&self, broker: &Broker) -> bool {
+        self.has_all_acks(broker) && !self.is_stalled()
     }
 
     /// Rates are looked at once a read for all clients, and here for the one: no
