@@ -45,6 +45,9 @@ const ENDED_AT_ONCE: usize = 10_000;
 /// The next start removes what that session left.
 const STALE_KEYS_MAX: usize = 256;
 
+/// The kind of failure that a share's record in the broker's stream is.
+const UNWRITTEN: &str = "mqtt: the record of a shared subscription could not be written";
+
 const SESSION: &[u8] = b"se";
 const SUBSCRIPTION: &[u8] = b"sf";
 const QOS2: &[u8] = b"q2";
@@ -803,10 +806,16 @@ impl Sessions {
                 session.note_with_record(broker);
             }
         }
+        let mut is_written = true;
         for some in broker.live.recorded_shares().chunks(RECORDS_AT_ONCE) {
-            // Refused: written at the next sweep.
-            let _ = broker.live.write_share_records_of(broker, some);
+            if let Err(error) = broker.live.write_share_records_of(broker, some) {
+                report_unwritten(broker, some, &error, "tried again in a few seconds");
+                is_written = false;
+            }
             tokio::task::yield_now().await;
+        }
+        if is_written {
+            broker.failures.end(UNWRITTEN);
         }
         // The map is not locked while a session's state is.
         let mut gone = self.all();
@@ -848,11 +857,33 @@ impl Sessions {
     pub fn note_all(&self, broker: &Broker) {
         broker.save_clock();
         self.all().iter().for_each(|session| session.note_with_record(broker));
-        let _ = broker.live.write_share_records(broker);
+        if let Err(error) = broker.live.write_share_records(broker) {
+            report_unwritten(broker, &broker.live.recorded_shares(), &error, "the host stops");
+        }
     }
 }
 
-/// Reports that sessions were ahead of their streams, of which they waited for `lost` messages.
+/// Says that the records of shares say less than their members hold and have had.
+fn report_unwritten(broker: &Broker, shares: &[Box<str>], error: &AppendError, what: &str) {
+    let Some(first) = shares.first() else { return };
+    let others = match shares.len() - 1 {
+        0 => String::new(),
+        others => format!(" and {others} more"),
+    };
+    let detail = format!(
+        "{first}{others}: {error}; {what}. A host that ends before it is written delivers to members of the share \
+         again what they have had since the last record"
+    );
+    broker.failures.report_by(
+        UNWRITTEN,
+        first,
+        shares.len() as u64,
+        &detail,
+        &broker.failures.hint(Hint::Status),
+    );
+}
+
+/// Says that sessions had come further than their streams, of which they waited for `lost` messages.
 fn say_gone_back(streams: &[Arc<dyn Stream>], valid: &[u64], sessions: usize, lost: usize) {
     if sessions == 0 {
         return;

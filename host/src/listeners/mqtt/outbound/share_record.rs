@@ -19,9 +19,9 @@ use crate::stream::Identity;
 
 pub const SHARE: &[u8] = b"sh";
 
-/// First byte of a record. It differs from that of notes: if the format of notes changes, existing
-/// records must still be readable.
-const FORMAT: u8 = 3;
+/// First byte of a record. Not that of notes: one whose notes get another format must read the records
+/// that are on disks.
+pub(super) const FORMAT: u8 = 3;
 
 /// Least bytes of a message in a record.
 const LISTED_BYTES: usize = 5;
@@ -91,9 +91,8 @@ impl Holdings {
     }
 }
 
-/// Returns the format of notes whose parts and entries have the same encoding as in a record of this
-/// format.
-fn layout(format: u8) -> Option<u8> {
+/// Returns the format of notes that have parts and entries as a record of this format has them.
+pub(super) fn layout(format: u8) -> Option<u8> {
     (format == FORMAT).then_some(kept::FORMAT)
 }
 

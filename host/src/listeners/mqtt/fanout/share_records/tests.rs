@@ -247,6 +247,13 @@ fn heir(broker: &Broker) -> Arc<Session> {
     broker.sessions.all().into_iter().find(is_heir).expect("one of them has what the record lists")
 }
 
+/// The first offset that members of the share are still to be offered, whoever they are.
+fn owed_from(broker: &Broker) -> Option<u64> {
+    let passed = broker.live.transfers();
+    let owed = passed.shares.by_filter.get(SHARE).into_iter().flat_map(|record| &record.owed);
+    owed.flat_map(|owed| owed.left(&broker.live)).map(|(_, part)| part.start).min()
+}
+
 #[tokio::test]
 async fn what_a_record_names_goes_to_another_member_where_the_heir_ends_before_it_caught_up() {
     for is_deleted in [true, false] {
@@ -285,6 +292,32 @@ async fn what_a_record_names_goes_to_another_member_where_the_heir_ends_before_i
 }
 
 #[tokio::test]
+async fn what_a_record_has_no_room_for_goes_to_another_member_where_the_heir_ends_before_it_caught_up() {
+    for is_deleted in [true, false] {
+        let world = World::new();
+        let unkept = [world.member_for("c", 0).await, world.member_for("d", 0).await];
+        unkept.iter().for_each(|member| world.broker.live.resume(&member.session));
+        // Held by members whose notes say nothing of it.
+        let count = 14_000;
+        world.publish(count).await;
+        // Two are left of them when the heir has ended: a queue has room for 10,000.
+        let kept = [world.connected("a").await, world.connected("b").await, world.connected("e").await];
+        note_all(&world);
+        let again = broker(&Config::default(), world.stream.clone(), copy(&world));
+        assert!(owed_from(&again).is_some_and(|from| from < count as u64), "it does not list all of them");
+        let heir = heir(&again);
+        if is_deleted {
+            assert!(again.sessions.delete(&again, &heir.client_id.clone()).await);
+        } else {
+            assert!(again.live.unsubscribe(&again, &heir, SHARE).await);
+        }
+        catch_up(again.clone(), 0).await;
+        assert_eq!(had_by_all(&again).into_iter().collect::<Offsets>().len(), count);
+        drop((kept, unkept));
+    }
+}
+
+#[tokio::test]
 async fn what_a_member_was_still_to_be_offered_goes_to_another_where_it_takes_qos_0_from_then_on() {
     let world = World::new();
     let (one, other) = (world.connected("one").await, world.connected("other").await);
@@ -305,6 +338,34 @@ async fn what_a_member_was_still_to_be_offered_goes_to_another_where_it_takes_qo
     catch_up(again.broker.clone(), 0).await;
     assert_eq!(had_by_all(&again.broker).into_iter().collect::<Offsets>().len(), 10);
     drop((one, other));
+}
+
+#[tokio::test]
+async fn a_record_that_finds_no_room_is_told_by_house_keeping_and_at_the_end_until_it_is_written() {
+    let world = World::new();
+    let (kept, unkept) = (world.connected("kept").await, world.member_for("c", 0).await);
+    world.broker.live.resume(&unkept.session);
+    world.publish(12).await;
+    let is_told = || {
+        let kinds = world.broker.failures.unsaid().into_iter();
+        kinds.filter(|(kind, _)| kind.contains("the record of a shared subscription")).count() == 1
+    };
+    world.broker.sessions.sweep(&world.broker).await;
+    assert!(!is_told());
+    for at_the_end in [false, true] {
+        world.publish(1).await;
+        world.store.set_no_space(true);
+        if at_the_end {
+            world.broker.sessions.note_all(&world.broker);
+        } else {
+            world.broker.sessions.sweep(&world.broker).await;
+        }
+        assert!(is_told(), "at the end: {at_the_end}");
+        world.store.set_no_space(false);
+        world.broker.sessions.sweep(&world.broker).await;
+        assert!(!is_told(), "it is written");
+    }
+    drop(kept);
 }
 
 /// What a session waits for by a share.
@@ -409,6 +470,8 @@ async fn a_subscription_of_a_kept_session_waits_for_the_record_of_its_share() {
     let kept = kept.await;
     world.broker.live.unsubscribe(&world.broker, &kept.session, SHARE).await;
     kept.session.note_durable(&world.broker).await.unwrap();
+    note_all(&world);
+    assert_eq!(records(&world), 0, "nobody's session is kept that is a member");
     world.store.set_no_space(true);
     world.subscribe(&kept.session, 1);
     world.store.set_no_space(false);

@@ -104,6 +104,8 @@ fn a_record_of_a_share_says_for_ever_what_it_says() {
     let identity = Identity { log: Uuid::from_u128(7), generation: 1, partitions: 1 };
     // One stream: offered below 9, of which 5 and 6 are not listed. Then offset 2, QoS 1, 2 s old, 100 bytes.
     let record = [&[3, 1][..], identity.log.as_bytes(), &[0, 0, 0, 1, 9, 2, 5, 1, 0, 4, 4, 100]].concat();
+    // It has a format of its own: notes may get another, in another layout, and records are read as before.
+    assert_eq!((share_record::FORMAT, share_record::layout(record[0])), (3, Some(kept::FORMAT)));
     let mut member = Outbox::default();
     [2, 5, 6, 9].iter().for_each(|offset| _ = offer(&mut member, queued(*offset, 1, Some(SHARE))));
     let mut held = Holdings::new(Box::new([9]), 9);
