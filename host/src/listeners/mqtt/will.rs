@@ -196,7 +196,7 @@ impl Will {
         if let Some(record) = &self.record {
             record.blob.remove(&mut removal);
         }
-        append(broker, number, message, &removal)
+        append(broker, number, &client_id.into(), message, &removal)
     }
 
     /// Returns whether the will belongs to a client with this owner.
@@ -275,10 +275,11 @@ impl Will {
 fn append(
     broker: &Broker,
     number: usize,
+    publisher: &Arc<str>,
     message: NewMessage<'_>,
     removal: &[Change],
 ) -> Result<(), Rejected> {
-    let retaining = retained::stage(broker, number, &[message]);
+    let retaining = retained::stage(broker, number, publisher, &[message]);
     let retained = retaining.as_ref().map_or(&[][..], Staged::changes);
     let changes = [borrowed(removal), borrowed(retained)].concat();
     let appended = broker.ingest.append(number, &[message], &changes)?;

@@ -120,7 +120,8 @@ impl Inbound {
                     IdChange::Release(_) | IdChange::None => None,
                 },
             }));
-            let retaining = retained::stage(broker, number, messages);
+            let publisher = &self.session.client_id;
+            let retaining = retained::stage(broker, number, publisher, messages);
             let retained = retaining.as_ref().map_or(&[][..], Staged::changes);
             changes.extend(retained.iter().map(|(key, value)| StateChange { key, value: value.as_deref() }));
             let appended = broker.ingest.append(number, messages, &changes);

@@ -71,7 +71,7 @@ pub async fn look_up(broker: &Broker, session: &Session, mut behind: u64) {
     loop {
         let Some(mut page) = session.outbox().first_page(behind) else { return };
         behind = page.number();
-        page.look(&broker.retained(), &broker.clock, LOOKED_AT_ONCE);
+        page.look(&broker.retained(), &session.client_id, &broker.clock, LOOKED_AT_ONCE);
         session.outbox().retained_found(page, &broker.retained());
         yield_now().await;
     }
@@ -119,7 +119,7 @@ async fn load(
     }
     if let Some(page) = &mut loaded.page {
         for _ in 0..LOOKS_MAX {
-            page.look(&broker.retained(), &broker.clock, LOOKED_AT_ONCE);
+            page.look(&broker.retained(), &session.client_id, &broker.clock, LOOKED_AT_ONCE);
             if page.is_done() {
                 break;
             }

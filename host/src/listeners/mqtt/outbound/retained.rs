@@ -90,7 +90,16 @@ impl Delivery {
         [&self.options.to_bytes()[..], &since, taken.as_bytes()].concat()
     }
 
-    /// Returns the page after the last one, if that was taken.
+    /// What was looked up and not taken is looked up again, but for what the broker made for the moment, which
+    /// has no key.
+    fn look_again(&mut self) {
+        if self.page.front().is_some_and(|found| !found.key.is_empty()) {
+            self.page = VecDeque::new();
+            self.lookup = Some(Lookup::new(self.filter.topics(), self.taken.as_deref()));
+        }
+    }
+
+    /// What comes behind its last page, where that was taken.
     fn next_page(&self) -> Option<RetainedPage> {
         let lookup = self.lookup.clone().filter(|_| self.page.is_empty())?;
         Some(RetainedPage {
@@ -129,11 +138,13 @@ impl RetainedPage {
         self.found.len() >= self.messages_max || self.bytes >= PAGE_BYTES_MAX
     }
 
-    /// Examines at most `steps_max` topics.
-    pub fn look(&mut self, retained: &Retained, clock: &Clock, steps_max: usize) {
+    /// Looks at no more than `steps_max` topics. With No Local the client is not given what it published
+    /// itself (MQTT 5.0, 3.8.3.1).
+    pub fn look(&mut self, retained: &Retained, client_id: &str, clock: &Clock, steps_max: usize) {
         let mut lookup = self.lookup.clone();
         retained.look(&mut lookup, steps_max, |key, kept| {
-            if self.from.includes(kept, clock) {
+            let is_own = self.options.no_local && kept.is_of(client_id);
+            if !is_own && self.from.includes(kept, clock) {
                 let source = Source::Retained(kept.message.clone());
                 let qos = kept.message.qos.min(self.options.qos);
                 let queued = Queued::whole(source, qos, self.options, self.from.since_us);
@@ -185,9 +196,13 @@ impl Outbox {
     pub fn change_retained(&mut self, filter: &str, options: Options) {
         let Some(retained) = &mut self.retained else { return };
         for delivery in retained.open.iter_mut().filter(|it| it.filter.as_str() == filter) {
+            if delivery.options.no_local != options.no_local {
+                delivery.look_again();
+            }
             (delivery.options, delivery.changed) = (options, true);
         }
         retained.ended.retain(|(ended, _)| &**ended != filter);
+        self.count_retained();
     }
 
     /// Ends the delivery of an unsubscribed filter.
@@ -243,6 +258,10 @@ impl Outbox {
     pub fn retained_found(&mut self, page: RetainedPage, retained: &Retained) {
         let mut open = self.retained.iter_mut().flat_map(|retained| &mut retained.open);
         let Some(delivery) = open.find(|it| it.number == page.number) else { return };
+        if delivery.options.no_local != page.options.no_local {
+            // Its subscription was changed meanwhile: it is looked up again.
+            return;
+        }
         let is_current =
             |found: &Found| found.queued.message().is_some_and(|it| retained.is_current(&found.key, it));
         delivery.page.extend(page.found.into_iter().filter(is_current));
@@ -327,10 +346,7 @@ impl Deliveries {
     pub fn disconnected(&mut self) {
         // What was made for the moment has no key.
         self.open.retain(|delivery| delivery.page.front().is_none_or(|found| !found.key.is_empty()));
-        for delivery in self.open.iter_mut().filter(|delivery| !delivery.page.is_empty()) {
-            delivery.page = VecDeque::new();
-            delivery.lookup = Some(Lookup::new(delivery.filter.topics(), delivery.taken.as_deref()));
-        }
+        self.open.iter_mut().for_each(Delivery::look_again);
         self.count();
     }
 

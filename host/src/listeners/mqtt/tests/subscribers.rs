@@ -145,3 +145,59 @@ async fn no_local_on_a_shared_subscription_is_a_protocol_error() {
     assert_eq!(client.disconnected().await, Reason::ProtocolError);
     host.stop().await;
 }
+
+/// Publishes a retained message with this topic.
+async fn retain(client: &mut Client, topic: &'static str) {
+    client.send(Publish { retain: true, ..publish(topic, QoS::AtLeastOnce, 1) }).await;
+    assert_eq!(client.receive().await, puback(1));
+}
+
+#[tokio::test]
+async fn no_local_keeps_a_clients_own_retained_messages_from_it_also_after_a_restart() {
+    let no_local = SubscriptionOptions { no_local: true, ..QOS1 };
+    let (stream, broker) = (MemoryStream::with_hooks("s", 1), MemoryStream::with_hooks("broker", 1));
+    let start = || {
+        let streams = Streams::new(vec![], stream.clone() as Arc<dyn Stream>);
+        Host::start(streams, broker.clone(), |_| {})
+    };
+    let first = start().await;
+    let (mut own, mut other) = (first.clean("own").await, first.clean("other").await);
+    retain(&mut own, "r/own").await;
+    retain(&mut other, "r/other").await;
+    // What the other one publishes last is the topic's.
+    retain(&mut own, "r/replaced").await;
+    retain(&mut other, "r/replaced").await;
+    let (mut will, _) = first
+        .client(Connect {
+            last_will: Some(LastWill { retain: true, ..last_will("r/will") }),
+            ..clean("own-will")
+        })
+        .await;
+    will.send(Disconnect { reason_code: Reason::DisconnectWithWillMessage, ..Disconnect::default() }).await;
+    let mut watcher = first.clean("watcher").await;
+    watcher.subscribe("r/will", QOS1).await;
+    assert_eq!(&*watcher.received().await.topic, "r/will");
+    drop((own, other, will));
+    let mut host = first;
+    for _ in 0..2 {
+        for (client_id, own_topic) in [("own", "r/own"), ("own-will", "r/will"), ("another", "")] {
+            let mut client = host.clean(client_id).await;
+            client.subscribe("r/#", no_local).await;
+            let all = ["r/other", "r/own", "r/replaced", "r/will"];
+            let wanted: Vec<&str> = all.into_iter().filter(|topic| *topic != own_topic).collect();
+            let mut topics = Vec::new();
+            for _ in &wanted {
+                topics.push(client.received().await.topic.to_string());
+            }
+            topics.sort();
+            assert_eq!(topics, wanted, "{client_id}");
+            client.nothing_but_ping().await;
+        }
+        host.stop().await;
+        host = start().await;
+    }
+    let mut own = host.clean("own").await;
+    own.subscribe("r/own", QOS1).await;
+    assert_eq!(&*own.received().await.topic, "r/own", "without No Local it has its own, too");
+    host.stop().await;
+}
