@@ -83,6 +83,8 @@ pub struct Plan {
     pub pause: Duration,
     /// Bytes of each payload that become no part of a row.
     pub padding: usize,
+    /// Whether the message with this value is one that `normalize` rejects.
+    pub is_bad: fn(u64) -> bool,
 }
 
 impl Plan {
@@ -95,6 +97,7 @@ impl Plan {
             window: 20,
             pause: Duration::ZERO,
             padding: 0,
+            is_bad: |_| false,
         }
     }
 }
@@ -261,7 +264,10 @@ impl Session {
     }
 
     fn encode(&self, out: &mut Vec<u8>, value: u64, dup: bool) {
-        let (topic, mut payload) = crate::telemetry::message(&self.plan.device, value);
+        let (topic, mut payload) = match (self.plan.is_bad)(value) {
+            true => crate::telemetry::bad_message(&self.plan.device, value),
+            false => crate::telemetry::message(&self.plan.device, value),
+        };
         if self.plan.padding > 0 {
             let end = payload.pop().expect("the end of an object");
             payload.extend([r#","padding":""#, &"x".repeat(self.plan.padding), "\""]);
