@@ -32,7 +32,7 @@ setup: ## What the tests need: wasm target, PostgreSQL, mosquitto, Python and No
 test: setup workspace ## All tests, against real servers and clients
 	$(CARGO) test --release --workspace --locked -- --test-threads=$(TEST_THREADS)
 
-bench: workspace ## Benchmarks beside their rivals; ONLY=ingest,http,broker,idle,plugin,postgres,e2e,log,honest for some
+bench: workspace ## Benchmarks beside their rivals; ONLY=ingest,http,broker,idle,plugin,postgres,e2e,sinks,log,honest for some
 	@tests/setup/all.sh
 	@target/release/headworks-bench $(ONLY)
 

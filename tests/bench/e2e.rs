@@ -100,6 +100,12 @@ fn copy_rows_per_s(database: &mut Database, copy: &ServerCopy) -> f64 {
 }
 
 fn start(url: &str) -> Host {
+    let sink = format!("warehouse: {{ type: postgres, url: \"{url}\", table: telemetry }}");
+    with_plugins("bench-e2e", "warehouse", &sink)
+}
+
+/// A host with the three plugins and one pipeline to these sinks; `sinks` configures them.
+pub fn with_plugins(name: &str, to: &str, sinks: &str) -> Host {
     let devices: String = (0..DEVICES).fold(String::new(), |mut text, number| {
         let _ = write!(
             text,
@@ -110,12 +116,12 @@ fn start(url: &str) -> Host {
         text
     });
     let mut host = Host::prepare(
-        "bench-e2e",
+        name,
         &format!(
             "streams: {{ telemetry: {{ partitions: 4 }} }}\n\
              devices: {{ table: {{{devices} }} }}\n\
-             pipelines: {{ telemetry: {{ from: telemetry, routes: {{ default: warehouse, alert: warehouse }} }} }}\n\
-             sinks: {{ warehouse: {{ type: postgres, url: \"{url}\", table: telemetry }} }}\n"
+             pipelines: {{ telemetry: {{ from: telemetry, routes: {{ default: {to}, alert: {to} }} }} }}\n\
+             sinks: {{ {sinks} }}\n"
         ),
     );
     for (name, file) in [("normalize", "10-normalize"), ("enrich", "20-enrich"), ("route", "30-route")] {
@@ -126,16 +132,16 @@ fn start(url: &str) -> Host {
     host
 }
 
-fn micros(time: SystemTime) -> u64 {
+pub fn micros(time: SystemTime) -> u64 {
     time.duration_since(UNIX_EPOCH).expect("after 1970").as_micros() as u64
 }
 
 /// Over all devices, of a gateway's reading number `n`: its devices take turns.
-fn number(publisher: usize, n: u64) -> u64 {
+pub fn number(publisher: usize, n: u64) -> u64 {
     n / DEVICES_EACH * DEVICES + publisher as u64 * DEVICES_EACH + n % DEVICES_EACH
 }
 
-fn encode(out: &mut Vec<u8>, reading: &Reading, packet_id: u16) {
+pub fn encode(out: &mut Vec<u8>, reading: &Reading, packet_id: u16) {
     let (topic, payload) = (reading.topic(), reading.payload(""));
     mqtt::publish(out, Version::V311, 1, false, &topic, packet_id, payload.as_bytes());
 }

@@ -19,12 +19,13 @@ mod postgres;
 mod readings;
 mod results;
 mod server_copy;
+mod sinks;
 
 use results::Results;
 
 type Section = (&'static str, fn(&mut Results));
 
-const SECTIONS: [Section; 9] = [
+const SECTIONS: [Section; 10] = [
     ("ingest", ingest::run),
     ("http", http::run),
     ("broker", broker::run),
@@ -32,6 +33,7 @@ const SECTIONS: [Section; 9] = [
     ("plugin", plugin::run),
     ("postgres", postgres::run),
     ("e2e", e2e::run),
+    ("sinks", sinks::run),
     ("log", log::run),
     ("honest", honest::run),
 ];
