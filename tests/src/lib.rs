@@ -12,6 +12,7 @@ pub mod http;
 pub mod http2;
 pub mod influxdb;
 pub mod misbehaving;
+pub mod moments;
 pub mod mosquitto;
 pub mod mqtt;
 pub mod node;

@@ -7,6 +7,7 @@
 use std::time::Duration;
 
 use headworks_tests::host::{Host, prebuilt};
+use headworks_tests::moments::Moments;
 use headworks_tests::postgres;
 use headworks_tests::publisher::{Address, Plan, Publisher, Sent};
 use headworks_tests::telemetry::{self, Repeats};
@@ -85,26 +86,4 @@ fn crash(name: &str, config: &str) -> (Host, Vec<Sent>) {
 fn assert_nothing_refused(host: &Host) {
     let letters = host.cli_json(&["dead-letters", "list"]);
     assert!(letters.is_empty(), "{letters:?}");
-}
-
-/// The seed is printed so that a failure can be told from luck.
-struct Moments(u64);
-
-impl Moments {
-    fn seeded(name: &str) -> Self {
-        let seed = std::env::var("CRASH_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or_else(|| {
-            let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("after 1970");
-            now.as_nanos() as u64
-        });
-        println!("{name}: CRASH_SEED={seed}");
-        Self(seed | 1)
-    }
-
-    /// xorshift64 (Marsaglia 2003).
-    fn below(&mut self, bound: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % bound
-    }
 }
