@@ -61,6 +61,14 @@ pub fn written_to_sqlite(host: &Host, path: &Path) {
     host.writes("all is written", || (sqlite_number(path, WRITTEN) >= end).then_some(()));
 }
 
+/// Waits until a sink of a pipeline that has several is past so many messages of the stream that the steps write.
+pub fn read_behind_steps(host: &Host, path: &Path, messages: u64) {
+    let past = format!(
+        "(SELECT log FROM headworks_positions GROUP BY log HAVING min(coalesce(next_offset, 0)) >= {messages})"
+    );
+    host.writes("the sink has all", || (sqlite_count(path, &past) > 0).then_some(()));
+}
+
 /// Waits until every message of the stream is a row of this database, or was seen not to be one.
 pub fn written_to_postgres(host: &Host, database: &mut Database) {
     let end = host.end();

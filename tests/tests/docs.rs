@@ -4,8 +4,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use headworks::batch::Offset;
-use headworks::stream::log::ReadOnly;
 use headworks_tests::folder::root;
 use headworks_tests::host::{Host, binary, fresh, prebuilt};
 use headworks_tests::process::run;
@@ -400,18 +398,9 @@ fn the_second_config_of_the_readme_routes_alerts_and_writes_no_row_again() {
     send(&host, "sensor-3", 20);
     let alerts = host.folder.join("data/alerts.db");
     // Of the three messages the steps drop one.
-    has_read_out(&host, &rows, 2);
-    has_read_out(&host, &alerts, 2);
+    telemetry::read_behind_steps(&host, &rows, 2);
+    telemetry::read_behind_steps(&host, &alerts, 2);
     assert_eq!(telemetry::sqlite_count(&rows, "telemetry"), 2, "sensors 1 and 3, once each");
     assert_eq!(telemetry::sqlite_count(&alerts, "telemetry"), 1, "sensor 2, and nothing from before");
     assert!(host.cli(&["dead-letters", "summary"]).contains("no dead letters"));
-}
-
-/// Waits until the sink of this file is past so many messages of the stream that the steps write.
-fn has_read_out(host: &Host, path: &Path, count: u64) {
-    let out = ReadOnly::open(&host.folder.join("data/streams/telemetry.out"), Offset(0));
-    let identity = out.remembered().expect("a stream").expect("one that was written").identity;
-    let past = format!("headworks_positions WHERE log = '{}' AND next_offset >= {count}", identity.log);
-    let is_past = || telemetry::sqlite_count(path, &past) == u64::from(identity.partitions);
-    host.writes("the sink has all", || is_past().then_some(()));
 }

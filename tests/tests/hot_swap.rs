@@ -38,7 +38,7 @@ fn a_changed_plugin_changes_the_next_messages_and_loses_none() {
 
     let sent: Vec<Sent> = publishers.into_iter().map(Publisher::finish).collect();
     for path in [&rows, &alerts] {
-        telemetry::written_to_sqlite(&host, path);
+        telemetry::read_behind_steps(&host, path, host.end());
     }
     let mut all = telemetry::sqlite_rows(&rows, "telemetry");
     all.extend(telemetry::sqlite_rows(&alerts, "alerts"));
@@ -70,14 +70,14 @@ fn each_message_has_one_table_though_a_sink_lags_through_changes_and_a_crash() {
     let before = telemetry::sqlite_count(&rows, "telemetry");
     host.writes("rows again", || (telemetry::sqlite_count(&rows, "telemetry") > before + 100).then_some(()));
     let sent: Vec<Sent> = publishers.into_iter().map(Publisher::finish).collect();
-    telemetry::written_to_sqlite(&host, &rows);
+    telemetry::read_behind_steps(&host, &rows, host.end());
     host.kill();
     host.folder.write("plugins/30-route.yaml", threshold(0));
     drop(away);
 
     host.run();
     for path in [&rows, &alerts] {
-        telemetry::written_to_sqlite(&host, path);
+        telemetry::read_behind_steps(&host, path, host.end());
     }
     let mut all = telemetry::sqlite_rows(&rows, "telemetry");
     let of_alerts = telemetry::sqlite_rows(&alerts, "alerts");
