@@ -303,15 +303,18 @@ impl Roads {
     }
 }
 
-/// Whether a start of a pipeline with these names needs the out stream: sinks of the pipeline, whose names are
-/// `sinks`, may have messages of the stream still to come, or some sink has not left the stream yet, in the config
-/// or not. The road of a sink that is not there now can be turned back to the source only while the stream says
-/// where it ends.
-pub fn need_out(dead_letters: &dyn Stream, pipelines: &[String], sinks: &[&str], source: Identity) -> bool {
-    let names = SinkNames::read(&dead_letters.state(NAMES_PREFIX));
-    let ids: BTreeSet<String> = sinks.iter().flat_map(|sink| names.meant(sink)).collect();
-    let roads = Roads::read(dead_letters, pipelines, source).of;
-    roads.iter().any(|(id, road)| road.log().is_some() || ids.contains(id) && road.needs_out())
+/// Whether sinks of a pipeline with these names may have messages of its out stream still to come, those among
+/// them that are not in the config now.
+pub fn need_out(dead_letters: &dyn Stream, pipelines: &[String], source: Identity) -> bool {
+    Roads::read(dead_letters, pipelines, source).of.values().any(Road::needs_out)
+}
+
+/// Behind the name of a pipeline: the stream of what its steps made.
+pub const OUT: &str = ".out";
+
+/// Name of the stream of what a pipeline's steps made.
+pub fn out_stream_of(pipeline: &str) -> String {
+    format!("{pipeline}{OUT}")
 }
 
 /// Decides by which legs the sinks of a pipeline go on, and writes it down. Returns once that survives a crash.
