@@ -19,7 +19,7 @@ use super::letter::Names;
 use super::metrics::{self, PipelineMetrics};
 use super::reasons::KeptReasons;
 use super::records::Records;
-use super::redrive::Lender;
+use super::redrive::{CatchesUp, Lender};
 use super::redrive_status::Redrives;
 use super::road::{self, Leg, OutNow, Road};
 use super::routes::{Routes, SinkNumber};
@@ -440,7 +440,7 @@ fn deliver_to_out(
     common: &Common<'_>,
     number: SinkNumber,
     part: SinkPart,
-    (begun, others): (Offset, Vec<(Arc<DeadLetters>, Arc<SinkShared>, Offset)>),
+    (begun, others): (Offset, Vec<CatchesUp>),
     source: &mut Part,
 ) -> (Lender, Place) {
     let of = Of::new(number, &part);

@@ -713,6 +713,10 @@ struct Part {
     next: Option<Offset>,
 }
 
+/// A sink that runs the steps itself: its dead letters, up to where its delivery is, and where it goes on with
+/// what the steps wrote.
+pub type CatchesUp = (Arc<DeadLetters>, Arc<SinkShared>, Offset);
+
 /// A sink that redrives borrow from its delivery.
 pub struct Lender {
     pub lends: mpsc::Sender<Lend>,
@@ -720,7 +724,7 @@ pub struct Lender {
     pub places: Vec<(Arc<DeadLetters>, Arc<SinkShared>)>,
     /// Of the stream that sinks read: those that are new to it and run the steps themselves, up to an offset of
     /// the source. A letter that is sent before they are past its message would come to them twice.
-    pub others: Vec<(Arc<DeadLetters>, Arc<SinkShared>, Offset)>,
+    pub others: Vec<CatchesUp>,
     pub batching: Batching,
 }
 
