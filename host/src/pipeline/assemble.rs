@@ -1,6 +1,6 @@
 //! How a pipeline is put together: which streams its sinks read, what delivers to them, what supervises that.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -21,8 +21,8 @@ use super::reasons::KeptReasons;
 use super::records::Records;
 use super::redrive::{CatchesUp, Lender};
 use super::redrive_status::Redrives;
-use super::road::{self, Leg, OutNow, Road};
-use super::routes::{Routes, SinkNumber};
+use super::road::{self, Leg, OutNow, Road, Table};
+use super::routes::{RouteTables, Routes, SinkNumber};
 use super::schedule::Schedule;
 use super::status::SinkShared;
 use super::supervisor::{Member, Supervisor};
@@ -73,7 +73,9 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
     let own = names.own();
     let ids = &own.sinks[..sinks.len()];
     let out_now = out.as_ref().map(|out| out_now(&pipelines, &*stream, out));
-    let roads = road::plan(&dead_letters, &names, &*stream, out_now.as_ref(), ids).await?;
+    let roads =
+        road::plan(&dead_letters, &names, &*stream, out_now.as_ref(), ids, &routes_of(config, &names))
+            .await?;
     let roads_of: Vec<Road> = ids.iter().map(|ids| roads.of(&ids[0])).collect();
     let read_out = out.as_ref().filter(|_| roads_of.iter().any(|road| road.reads_out(out_now.as_ref())));
 
@@ -100,16 +102,23 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
     // What the steps have written goes to the sinks first.
     let stop_behind = CancellationToken::new();
     let of_behind = Common { shutdown: &stop_behind, ..common };
+    let of_config = || Routes::new(config, &shown);
+    let of_source = RouteTables::new(Vec::new(), (Offset(0), of_config().with_all_to(number_of_out)));
+    let table =
+        |table: &Table| Routes::of(routes_then(table, &names, &routes_of(config, &names)).into_iter());
+    let tables = roads.tables().iter().map(|known| (known.from, table(known))).collect();
+    let end = out_now.as_ref().map_or(Offset(0), |out| out.end);
+    let of_out = RouteTables::new(tables, (end, of_config()));
     let steps = (chain, recall);
     let mut source =
-        Part::new(&common, config.clone(), Arc::clone(&stream), letters, (&shown, number_of_out), false);
+        Part::new(&common, config.clone(), Arc::clone(&stream), letters, (&shown, of_source), false);
     let mut behind = match read_out {
         Some(out) => {
             let letters =
                 open(&out.stream, names.clone().with_out(None)).await?.with_sent_of(&source.shared.letters);
             // No step runs: a thread for each sink hands its messages out.
             let config = Config { workers: Some(1), ..config.clone() };
-            Some(Part::new(&of_behind, config, Arc::clone(&out.stream), letters, (&shown, None), true))
+            Some(Part::new(&of_behind, config, Arc::clone(&out.stream), letters, (&shown, of_out), true))
         }
         None => None,
     };
@@ -217,7 +226,7 @@ impl Part {
         config: Config,
         stream: Arc<dyn Stream>,
         letters: DeadLetters,
-        (sinks, out): (&[String], Option<SinkNumber>),
+        (sinks, routes): (&[String], RouteTables),
         is_behind_steps: bool,
     ) -> Self {
         let name = common.name;
@@ -225,7 +234,7 @@ impl Part {
         let counted = if is_behind_steps { u64::MAX } else { 0 };
         let shared = Arc::new(Shared {
             name: name.into(),
-            routes: Routes::new(&config, sinks).with_all_to(out),
+            routes,
             config,
             letters: Arc::new(letters),
             failures: common.failures.clone(),
@@ -459,6 +468,30 @@ fn deliver_to_out(
     (lender, Arc::new(AtomicUsize::new(AT_SOURCE)))
 }
 
+/// Returns what the routes of a config lead to, as ids of sinks, which stay when sinks are renamed.
+fn routes_of(config: &Config, names: &Names) -> BTreeMap<String, Vec<String>> {
+    let id = |sink: &String| names.with_name(sink).map(|sink| names.id(sink).to_owned());
+    let to = |target| config.targets(target).filter_map(id).collect();
+    config.routes.iter().map(|(route, target)| (route.clone(), to(target))).collect()
+}
+
+/// Returns what the routes led to when a table was taken down, as sinks by route. A sink that was not there then, and is
+/// back, gets what it would have got by the routes of now.
+fn routes_then(
+    then: &Table,
+    names: &Names,
+    now: &BTreeMap<String, Vec<String>>,
+) -> Vec<(String, Vec<SinkNumber>)> {
+    let number = |ids: &Vec<String>| ids.iter().filter_map(|id| names.number(id)).collect::<BTreeSet<_>>();
+    let there: BTreeSet<_> = then.to.values().flat_map(number).collect();
+    let of_route = |(route, ids): (&String, &Vec<String>)| {
+        let back = now.get(route).map(number).unwrap_or_default();
+        let sinks = number(ids).into_iter().chain(back.difference(&there).copied()).collect();
+        (route.clone(), sinks)
+    };
+    then.to.iter().map(of_route).collect()
+}
+
 /// Tells which letters redrives have written to the out stream.
 fn out_has(names: &Names, out: &Target) -> OutHas {
     let of_out = names.sinks.last().cloned().unwrap_or_default();
@@ -480,6 +513,7 @@ fn out_now(pipelines: &[String], source: &dyn Stream, out: &OutPart) -> OutNow {
     }
     OutNow {
         log: out.stream.identity().log,
+        start: out.stream.bounds().start,
         end: out.stream.bounds().end,
         reached: out.target.reached(&claim),
         is_written: out.is_written,

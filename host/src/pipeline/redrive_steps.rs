@@ -124,9 +124,9 @@ impl Steps {
                 return Ok(message.made);
             }
         }
-        let (made, inputs) = self.through(batch.clone(), &shared.routes, &mut message).await?;
+        let (made, inputs) = self.through(batch.clone(), shared.routes.now(), &mut message).await?;
         let sorted = match made.is_empty() {
-            true => shared.routes.sort(made),
+            true => shared.routes.now().sort(made),
             false => route(made, inputs, &self.names, shared, &mut message).await?,
         };
         if let Err(reason) = message.give(&sorted, letter, asked) {
@@ -277,11 +277,11 @@ async fn route(
     message: &mut Message<'_>,
 ) -> Result<Sorted, RedriveError> {
     let (batch, indexes) = without_letters(batch, Source::Routes, std::slice::from_ref(message.reader));
-    let sorted = shared.routes.sort(batch);
+    let sorted = shared.routes.now().sort(batch);
     let (history, entry) = (message.history.clone(), message.entry);
     let history = |place| history.through(steps, entry, place);
     let readers = std::slice::from_ref(&*message.reader);
-    let unrouted = Unrouted::new(&sorted, &inputs, readers, &shared.routes, steps, history);
+    let unrouted = Unrouted::new(&sorted, &inputs, readers, shared.routes.now(), steps, history);
     let stripped = Stripped { batch: &sorted.batch, indexes, partition: message.partition };
     message.refuse(&unrouted.refusals(&stripped)).await?;
     Ok(sorted)

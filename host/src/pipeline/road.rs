@@ -27,6 +27,10 @@ use crate::stream::{AppendError, Delivered, Identity, OnLag, StateChange, Stream
 /// Begin of the state keys; then the pipeline, the log and the generation of the source, and the id of a
 /// sink, or nothing for the pipeline itself.
 const KEY: &str = "roads/";
+/// In place of the id of a sink, which has no space in it: the record of the tables.
+const TABLES: &str = " routes";
+/// Tables that are remembered. What lies before the oldest goes by that.
+const TABLES_MAX: usize = 32;
 /// Legs of a road that are remembered. Those that a sink has behind it count too: its database may be an older one.
 const LEGS_MAX: usize = 16;
 
@@ -64,10 +68,27 @@ struct Begun {
     from: Offset,
 }
 
+/// What the routes of a pipeline led to when its steps wrote messages to the out stream, from an offset of it on: the
+/// ids of sinks by route.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Table {
+    pub from: Offset,
+    pub to: BTreeMap<String, Vec<String>>,
+}
+
+/// The tables of one out stream, oldest first.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Tables {
+    #[serde(with = "log_id")]
+    log: Uuid,
+    tables: Vec<Table>,
+}
+
 /// What a pipeline has recorded. Sinks that are not in the config any more stay: they may come back.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Roads {
     begun: Option<Begun>,
+    tables: Option<Tables>,
     /// By id of the sink.
     of: BTreeMap<String, Road>,
 }
@@ -76,6 +97,7 @@ pub struct Roads {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OutNow {
     pub log: Uuid,
+    pub start: Offset,
     pub end: Offset,
     /// What the steps have written, by partition of the source, as the out stream says itself.
     pub reached: Vec<Offset>,
@@ -219,6 +241,7 @@ impl Roads {
                 let Some(Ok(sink)) = key.get(prefix.len()..).map(std::str::from_utf8) else { continue };
                 match sink {
                     "" => roads.begun = serde_json::from_slice(&value).ok(),
+                    TABLES => roads.tables = serde_json::from_slice(&value).ok(),
                     sink => {
                         let road = Road::from_bytes(&value, source.partitions);
                         roads.of.extend(road.map(|road| (sink.to_owned(), road)));
@@ -293,6 +316,27 @@ impl Roads {
         now
     }
 
+    /// Takes down what the routes lead to from now on.
+    fn turn_routes(&mut self, out: &OutNow, routes: &BTreeMap<String, Vec<String>>) {
+        let known = self.tables.take().filter(|tables| tables.log == out.log);
+        let mut tables = known.map(|known| known.tables).unwrap_or_default();
+        if tables.last().is_none_or(|last| last.to != *routes) {
+            // What earlier versions wrote goes by the first table.
+            let from = if tables.is_empty() { Offset(0) } else { out.end };
+            tables.push(Table { from, to: routes.clone() });
+        }
+        let is_over = |next: &Table| next.from <= out.start;
+        while tables.len() > TABLES_MAX || tables.get(1).is_some_and(is_over) {
+            tables.remove(0);
+        }
+        self.tables = Some(Tables { log: out.log, tables });
+    }
+
+    /// The tables of the out stream, oldest first; none: the routes have always led where they lead now.
+    pub fn tables(&self) -> &[Table] {
+        self.tables.as_ref().map(|tables| &tables.tables[..]).unwrap_or_default()
+    }
+
     pub fn of(&self, sink: &str) -> Road {
         self.of.get(sink).cloned().unwrap_or_else(Road::begin)
     }
@@ -324,15 +368,20 @@ pub async fn plan(
     source: &dyn Stream,
     out: Option<&OutNow>,
     sinks: &[Vec<String>],
+    routes: &BTreeMap<String, Vec<String>>,
 ) -> Result<Roads, Error> {
     let (identity, end) = (source.identity(), source.bounds().end);
     let before = Roads::read(&**dead_letters, &names.pipelines, identity);
     let partitions = usize::from(identity.partitions);
-    let now = before.turned(out, goes_on(names.pipeline(), source), sinks, end, partitions);
+    let mut now = before.turned(out, goes_on(names.pipeline(), source), sinks, end, partitions);
+    if let Some(out) = out.filter(|out| out.is_written) {
+        now.turn_routes(out, routes);
+    }
     let prefix = prefix(names.pipeline(), identity);
     let of = |roads: &Roads| -> BTreeMap<String, Vec<u8>> {
         let begun = roads.begun.iter().map(|begun| (String::new(), json(begun)));
-        begun.chain(roads.of.iter().map(|(sink, road)| (sink.clone(), road.bytes()))).collect()
+        let tables = roads.tables.iter().map(|tables| (TABLES.to_owned(), json(tables)));
+        begun.chain(tables).chain(roads.of.iter().map(|(sink, road)| (sink.clone(), road.bytes()))).collect()
     };
     let stored: BTreeMap<Vec<u8>, Vec<u8>> = names
         .pipelines
@@ -409,7 +458,7 @@ mod tests {
     }
 
     fn out(end: u64, reached: [u64; 2], is_written: bool) -> OutNow {
-        OutNow { log: LOG, end: Offset(end), reached: offsets(reached), is_written }
+        OutNow { log: LOG, start: Offset(0), end: Offset(end), reached: offsets(reached), is_written }
     }
 
     fn turned(roads: &Roads, out: Option<&OutNow>, sinks: &[&str], end: u64) -> Roads {
@@ -486,6 +535,25 @@ mod tests {
         let ids = vec![vec!["w@7".to_owned(), "w".to_owned(), "x".to_owned()]];
         let renamed = both.turned(Some(&out(5, [9, 9], true)), Offset(0), &ids, Offset(9), 2);
         assert_eq!((renamed.of("w@7"), renamed.of.len()), (both.of("w"), 1));
+    }
+
+    #[test]
+    fn routes_are_remembered_for_as_long_as_the_out_stream_has_messages_of_their_time() {
+        let to = |sink: &str| BTreeMap::from([("default".to_owned(), vec![sink.to_owned()])]);
+        let mut roads = Roads::default();
+        roads.turn_routes(&out(0, [0, 0], true), &to("a"));
+        roads.turn_routes(&out(7, [0, 0], true), &to("a"));
+        roads.turn_routes(&out(9, [0, 0], true), &to("b"));
+        let from = |roads: &Roads| roads.tables().iter().map(|table| table.from.0).collect::<Vec<_>>();
+        assert_eq!(from(&roads), [0, 9]);
+        roads.turn_routes(&OutNow { start: Offset(9), ..out(12, [0, 0], true) }, &to("c"));
+        assert_eq!(from(&roads), [9, 12]);
+        for end in 20..90 {
+            roads.turn_routes(&out(end, [0, 0], true), &to(&end.to_string()));
+        }
+        assert_eq!(roads.tables().len(), TABLES_MAX);
+        roads.turn_routes(&OutNow { log: Uuid::from_u128(8), ..out(3, [0, 0], true) }, &to("a"));
+        assert_eq!(from(&roads), [0], "of another stream");
     }
 
     #[test]

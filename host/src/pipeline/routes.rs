@@ -1,7 +1,7 @@
 //! From the route that a step gave a message to the sinks that take it.
 
 use super::config::{Config, DEFAULT_ROUTE};
-use crate::batch::{Batch, Entry, Span};
+use crate::batch::{Batch, Entry, Offset, Span};
 
 /// A sink by its place in the pipeline's list.
 pub type SinkNumber = usize;
@@ -9,6 +9,36 @@ pub type SinkNumber = usize;
 pub struct Routes {
     /// By name; the default first.
     routes: Vec<(String, Vec<SinkNumber>)>,
+}
+
+/// What the routes of a pipeline led to when its steps gave them: in a stream that the steps wrote messages lie that are
+/// older than the config.
+pub struct RouteTables(Vec<(Offset, Routes)>);
+
+impl RouteTables {
+    /// `earlier`: oldest first, each with the first offset that it is for; `now` is for all behind them.
+    pub fn new(earlier: Vec<(Offset, Routes)>, now: (Offset, Routes)) -> Self {
+        let mut tables = earlier;
+        tables.push(now);
+        Self(tables)
+    }
+
+    /// The routes of the config.
+    pub fn now(&self) -> &Routes {
+        &self.0[self.0.len() - 1].1
+    }
+
+    /// The routes of a message. The oldest are for all that lie before them, too.
+    pub fn of(&self, message: Offset) -> &Routes {
+        let later = self.0.partition_point(|(from, _)| *from <= message);
+        &self.0[later.saturating_sub(1)].1
+    }
+
+    /// Returns from where on other routes are for messages behind this one.
+    pub fn end_of(&self, message: Offset) -> Option<Offset> {
+        let later = self.0.partition_point(|(from, _)| *from <= message).max(1);
+        self.0.get(later).map(|(from, _)| *from)
+    }
 }
 
 /// A batch and which of its entries each sink takes.
@@ -31,11 +61,13 @@ impl Routes {
     /// the config's check is where that is said.
     pub fn new(config: &Config, sinks: &[String]) -> Self {
         let number = |name: &String| sinks.iter().position(|sink| sink == name);
-        let mut routes: Vec<_> = config
-            .routes
-            .iter()
-            .map(|(route, target)| (route.clone(), config.targets(target).filter_map(number).collect()))
-            .collect();
+        let to = |target| config.targets(target).filter_map(number).collect();
+        Self::of(config.routes.iter().map(|(route, target)| (route.clone(), to(target))))
+    }
+
+    /// As a table of names and sinks says.
+    pub fn of(table: impl Iterator<Item = (String, Vec<SinkNumber>)>) -> Self {
+        let mut routes: Vec<_> = table.collect();
         routes.sort_by_key(|(route, _): &(String, Vec<_>)| route != DEFAULT_ROUTE);
         Self { routes }
     }
@@ -210,6 +242,22 @@ mod tests {
             ["", "alert", "", "default"]
         );
         assert!(!batch.exclusive, "no step sees the name");
+    }
+
+    #[test]
+    fn messages_go_by_the_routes_of_their_time() {
+        let to = |sink| Routes::of(std::iter::once(("default".to_owned(), vec![sink])));
+        let tables = RouteTables::new(vec![(Offset(5), to(0)), (Offset(9), to(1))], (Offset(20), to(2)));
+        let of = |offset| taken_by(tables.of(Offset(offset)));
+        assert_eq!([0, 5, 8, 9, 19, 20, 90].map(of), [0, 0, 0, 1, 1, 2, 2]);
+        let end_of = |offset| tables.end_of(Offset(offset)).map(|end| end.0);
+        assert_eq!([0, 8, 9, 20].map(end_of), [Some(9), Some(9), Some(20), None]);
+        let only = RouteTables::new(Vec::new(), (Offset(0), to(3)));
+        assert_eq!((taken_by(only.of(Offset(7))), only.end_of(Offset(7))), (3, None));
+    }
+
+    fn taken_by(routes: &Routes) -> SinkNumber {
+        routes.routes[0].1[0]
     }
 
     #[test]

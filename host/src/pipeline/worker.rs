@@ -24,7 +24,7 @@ use super::metrics::{PipelineMetrics, step_duration};
 use super::outlet::{Bundle, Outlet, OutletClosed, send_all};
 use super::reasons::KeptReasons;
 use super::redrive_status::Redrives;
-use super::routes::Routes;
+use super::routes::RouteTables;
 use super::schedule::{OfWorker, Schedule};
 use super::step_history::StepHistory;
 use super::step_run::{Context, run_step};
@@ -97,7 +97,7 @@ impl Steps {
 pub struct Shared {
     pub name: Arc<str>,
     pub config: Config,
-    pub routes: Routes,
+    pub routes: RouteTables,
     pub letters: Arc<DeadLetters>,
     pub failures: Failures,
     pub metrics: PipelineMetrics,
@@ -249,6 +249,8 @@ impl Worker {
             let mut entries = std::mem::take(entries);
             while let Some(first) = entries.first() {
                 let (version, end) = self.versions.of(*partition, frame.offset(first));
+                let of_routes = self.shared.routes.end_of(frame.offset(first));
+                let end = [end, of_routes].into_iter().flatten().min();
                 self.version = version;
                 let is_before = |entry: &Entry| end.is_none_or(|end| frame.offset(entry) < end);
                 let later = entries.split_off(entries.partition_point(is_before));
@@ -349,7 +351,11 @@ impl Worker {
             Some(reader) => without_whole(batch, &reader.seen),
             None => batch,
         };
-        shared.routes.without_unknown(&mut batch);
+        let Some(first) = batch.entries.first().map(|entry| batch.offset(entry)) else {
+            return Ok((batch, Inputs::default()));
+        };
+        let routes = shared.routes.of(first);
+        routes.without_unknown(&mut batch);
         let mut inputs = Inputs::default();
         for place in 0..self.versions.0[self.version].1.steps.len() {
             let steps = &mut self.versions.0[self.version].1;
@@ -380,7 +386,7 @@ impl Worker {
                 self.refuse(&batch.refusals(Source::Step(&name), &outcome.refused, &history), readers)?;
             }
             let input = std::mem::replace(&mut batch, outcome.passed);
-            inputs.keep(place, input, shared.routes.are_known(&batch));
+            inputs.keep(place, input, routes.are_known(&batch));
         }
         Ok((batch, inputs))
     }
@@ -398,11 +404,12 @@ impl Worker {
         if batch.is_empty() {
             return Ok(());
         }
-        let sorted = shared.routes.sort(batch);
+        let routes = shared.routes.of(batch.offset(&batch.entries[0]));
+        let sorted = routes.sort(batch);
         if !sorted.unknown.is_empty() {
             let names = &self.versions.0[self.version].1.names;
             let history = |place| StepHistory::at(names, place);
-            let unrouted = Unrouted::new(&sorted, &inputs, readers, &shared.routes, names, history);
+            let unrouted = Unrouted::new(&sorted, &inputs, readers, routes, names, history);
             let rejected = unrouted.refused.iter().map(|refused| ("unknown route", &*refused.reason));
             let show = shared.failures.hint(Hint::DeadLettersSummary(Letters::OfPipeline(&shared.name)));
             shared.failures.report_rejected(&shared.name, rejected, &show);

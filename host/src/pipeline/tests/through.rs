@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use proptest::prelude::*;
 
 use super::harness::{Act, OUT, Process, World, chain, counting, number, published, sorted, step, text};
-use crate::pipeline::{Filter, State};
+use crate::pipeline::{Filter, RouteTarget, State};
 use crate::sinks::memory::Fault;
 use crate::step::Chain;
 use crate::stream::memory::MemoryStream;
@@ -628,4 +628,36 @@ async fn sinks_that_come_back_under_another_name_and_pipelines_go_on_where_they_
     process.stop().await;
     let rows: Vec<_> = expected(150).into_iter().filter(|payload| number(payload) % 20 != 4).collect();
     assert_eq!(sorted(world.payloads("x")), rows);
+}
+
+#[tokio::test]
+async fn a_message_goes_by_the_routes_of_its_time_however_late_a_sink_gets_it() {
+    let (mut world, _) = world(&["a", "b"]);
+    world.config.routes = [("default", "a"), ("alert", "b"), ("noise", "drop")]
+        .map(|(route, sink)| (route.to_owned(), RouteTarget::One(sink.to_owned())))
+        .into();
+    let process = world.start(steps()).await;
+    for sink in ["a", "b"] {
+        world.database(sink).set_down(Some("away"));
+    }
+    world.publish(&[("d", 1), ("d", 6)]);
+    process
+        .until("the steps have all", |status| {
+            status.sinks.iter().any(|sink| sink.name == OUT && sink.committed == Some(sink.end))
+        })
+        .await;
+    process.stop().await;
+    // The other way round from now on.
+    world.config.routes = [("default", "b"), ("alert", "a"), ("noise", "drop")]
+        .map(|(route, sink)| (route.to_owned(), RouteTarget::One(sink.to_owned())))
+        .into();
+    for sink in ["a", "b"] {
+        world.database(sink).set_down(None);
+    }
+    let process = world.start(steps()).await;
+    world.publish(&[("d", 7), ("d", 26)]);
+    process.drained().await;
+    process.stop().await;
+    assert_eq!(world.payloads("a"), ["d:1", "d:26"]);
+    assert_eq!(world.payloads("b"), ["d:6", "d:7"]);
 }
