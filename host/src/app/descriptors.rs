@@ -146,7 +146,8 @@ mod tests {
             )
         };
         let one = needs(&sinks(1));
-        assert_eq!(needs(&sinks(40)), one + 39 * PER_SINK);
+        // The stream between the steps and the sinks.
+        assert_eq!(needs(&sinks(40)), one + 39 * PER_SINK + PER_STREAM);
         let more = sinks(1) + "streams: { a: { topics: [a/#] }, b: { topics: [b/#] }, telemetry: {} }\n";
         assert_eq!(needs(&more), one + 2 * PER_STREAM);
         let listeners = sinks(1) + "mqtt: { listeners: [ { bind: 127.0.0.1:0 }, { bind: 127.0.0.1:0 } ] }\n";

@@ -14,6 +14,9 @@ use crate::units::ByteSize;
 /// each append is a sync, which wears a flash disk.
 const STREAM_WAIT_MAX: Duration = Duration::from_millis(50);
 
+/// The same for the stream between a pipeline's steps and its sinks: each sink gets the message so much later.
+const OUT_WAIT_MAX: Duration = Duration::from_millis(10);
+
 /// Returns the streams that pipelines write to, each once, however many pipelines write to it.
 pub fn targets(config: &Config, streams: &Streams) -> BTreeMap<String, Target> {
     let written = config.written_streams().into_iter().filter_map(|name| streams.get(name));
@@ -36,8 +39,8 @@ pub fn for_subscribers(config: &Config, streams: &Streams) -> Streams {
     })
 }
 
-/// Returns the stream between a pipeline's steps and its sinks: one that the steps write, or one that is left from
-/// when the pipeline had several sinks, and that `opened` has.
+/// Returns the stream between a pipeline's steps and its sinks: one that the steps write, or one of `left_over`,
+/// from when the pipeline had several sinks.
 pub fn out_part(
     config: &Config,
     (name, pipeline): (&str, &pipeline::Config),
@@ -49,7 +52,9 @@ pub fn out_part(
     let former = pipeline.renamed_from.as_deref().map(pipeline::out_stream_of);
     if config.out_stream(name, pipeline).is_some() {
         let target = targets.get(&out)?.clone();
-        let part = SinkPart { renamed_from: former, ..sink_part(config, &out, &target) };
+        let part = sink_part(config, &out, &target);
+        let batching = Batching { wait_max: OUT_WAIT_MAX, ..part.batching };
+        let part = SinkPart { renamed_from: former, batching, ..part };
         return Some(OutPart { part, stream: Arc::clone(streams.get(&out)?), target, is_written: true });
     }
     let stream = Arc::clone(left_over.get(&out)?);

@@ -329,7 +329,7 @@ pipelines:
 fn a_stream_that_a_pipeline_writes_to_takes_no_message_of_a_device() {
     let (config, warnings) = parse_text(DERIVED).unwrap();
     assert_eq!(warnings, [""; 0]);
-    assert_eq!(config.streams.keys().collect::<Vec<_>>(), ["clean", "default", "hourly"]);
+    assert_eq!(config.streams.keys().collect::<Vec<_>>(), ["clean", "default", "hourly", "hourly.out"]);
     assert_eq!((config.default_stream(), config.main_stream()), ("default", "default"));
     let takes: Vec<_> = config.streams.keys().filter(|name| config.takes_messages(name)).collect();
     assert_eq!(takes, ["default"]);
