@@ -118,7 +118,7 @@ fn a_sink_that_lags_delays_no_change_of_the_steps_and_gets_what_the_steps_of_eac
     host.wait_serving();
     drop(away);
     for path in [&rows, &alerts] {
-        telemetry::written_to_sqlite(&host, path);
+        telemetry::read_behind_steps(&host, path, host.end());
     }
     let mut all = telemetry::sqlite_rows(&rows, "telemetry");
     all.extend(telemetry::sqlite_rows(&alerts, "alerts"));
