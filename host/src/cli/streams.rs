@@ -15,6 +15,7 @@ use super::{block_on, data_folder, message};
 use crate::batch::Offset;
 use crate::config::{self, Config, DEAD_LETTERS};
 use crate::files::folder_bytes;
+use crate::pipeline::OUT;
 use crate::stream::log::ReadOnly;
 use crate::stream::{GapCause, Read};
 use crate::units::{ByteSize, Period};
@@ -85,7 +86,12 @@ fn list(config: &Config, format: Format, out: &mut Out) -> anyhow::Result<()> {
             continue;
         }
         let topics = match topics.join(" ") {
-            _ if stream.is_none() => "not in the config: no pipeline reads it".to_owned(),
+            _ if stream.is_none() => match name.strip_suffix(OUT) {
+                Some(pipeline) if config.pipelines.contains_key(pipeline) => {
+                    format!("what the sinks of pipeline {pipeline} may still need")
+                }
+                _ => "not in the config: no pipeline reads it".to_owned(),
+            },
             none if none.is_empty() && name == DEAD_LETTERS => "refused messages".to_owned(),
             none if none.is_empty() && written.contains(name) => "what pipelines write".to_owned(),
             none if none.is_empty() => "all topics that no other stream takes".to_owned(),

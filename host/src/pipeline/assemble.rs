@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -40,7 +41,10 @@ use crate::sinks::{Begin, Name};
 use crate::step::{Chain, Recall};
 use crate::stream::{Attachment, BeginNow, Delivered, Identity, OnLag, Stream};
 use crate::telemetry::Failures;
+use crate::units::Period;
 
+/// After the time that a pipeline has to drain, what its sinks read of the out stream has this time.
+const DRAIN_BEHIND_MAX: Duration = Duration::from_secs(2);
 /// A redrive waits for a sink that another one has.
 const LENDS_MAX: usize = 1;
 
@@ -117,7 +121,8 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
             let letters =
                 open(&out.stream, names.clone().with_out(None)).await?.with_sent_of(&source.shared.letters);
             // No step runs: a thread for each sink hands its messages out.
-            let config = Config { workers: Some(1), ..config.clone() };
+            let drain_max = Period(config.drain_max.0.min(DRAIN_BEHIND_MAX));
+            let config = Config { workers: Some(1), drain_max, ..config.clone() };
             Some(Part::new(&of_behind, config, Arc::clone(&out.stream), letters, (&shown, of_out), true))
         }
         None => None,
@@ -394,15 +399,22 @@ fn travel(
 ) -> (Lender, Place) {
     let of = Of::new(number, &part);
     let consumer = format!("{}/{}", common.name, of.name);
-    // It has read the out stream in an earlier process, and so it has left the source.
-    let is_there = |behind: &Part| {
-        behind.stream.attach(&consumer, behind.stream.bounds().start, of.on_lag).delivered()
-            == Delivered::ToThis
-    };
-    let has_begun = behind.as_deref().is_some_and(is_there);
-    let was_at_source_first =
-        matches!(&road.legs[..], [Leg::Source { from, .. }, Leg::Out { .. }] if from.is_empty());
-    let begins_there = has_begun && was_at_source_first;
+    // It has read the out stream in an earlier process.
+    let attached = behind.as_deref().map(|behind| {
+        let claim = claim_of(common.pipelines, &of.names, behind.stream.identity());
+        for (pipeline, sink) in &claim.formerly {
+            behind.stream.rename_reader(&format!("{pipeline}/{sink}"), &consumer);
+        }
+        behind.stream.attach(&consumer, behind.stream.bounds().start, of.on_lag)
+    });
+    let has_begun = attached.as_ref().is_some_and(|attached| attached.delivered() == Delivered::ToThis);
+    // And it has left the source for good.
+    let begins_there = has_begun
+        && match (&road.legs[..], attached) {
+            ([Leg::Source { from, .. }, Leg::Out { .. }], _) if from.is_empty() => true,
+            ([.., Leg::Out { from, .. }], Some(attached)) => attached.remembered() > *from,
+            _ => false,
+        };
     let mut at_source = source.add(common, &of, begins_there);
     let shown = Shown::new(Arc::clone(&at_source.shared));
     let place: Place = Arc::new(AtomicUsize::new(if begins_there { BEHIND_STEPS } else { AT_SOURCE }));
@@ -413,19 +425,17 @@ fn travel(
     let catches_up = source_end.map(|until| (Arc::clone(&here.0), Arc::clone(&here.1), until));
     let mut places = vec![here];
     let batching = at_source.batching;
-    let mut at_out = behind.map(|behind| {
+    let at_out = behind.map(|behind| {
         let mut delivery = behind.add(of_behind, &of, !begins_there);
         places.push((Arc::clone(&behind.shared.letters), Arc::clone(&delivery.shared)));
         delivery.shows = Some((Arc::clone(&place), BEHIND_STEPS));
         delivery
     });
-    if let (Some(delivery), Some(out)) = (&mut at_out, out) {
-        let names = |claim: &crate::sinks::Claim| {
-            let own = (claim.pipeline.clone(), claim.sink.clone());
-            std::iter::once(own).chain(claim.formerly.iter().cloned()).collect::<Vec<_>>()
-        };
-        at_source.next = Some((names(&delivery.writer.claim), out.log));
-    }
+    let in_out = at_out.as_ref().zip(out).map(|(delivery, out)| {
+        let claim = &delivery.writer.claim;
+        let own = (claim.pipeline.clone(), claim.sink.clone());
+        (std::iter::once(own).chain(claim.formerly.iter().cloned()).collect(), out.log)
+    });
     let (lends, asked) = mpsc::channel(LENDS_MAX);
     let lender = Lender { lends, places, others: catches_up.into_iter().collect(), batching };
     let traveller = Traveller {
@@ -438,6 +448,8 @@ fn travel(
         at_source,
         at_out,
         out: out.map_or(Uuid::nil(), |out| out.log),
+        in_out,
+        has_begun,
         begins_at_out: begins_there,
     };
     tokio::spawn(traveller.run());

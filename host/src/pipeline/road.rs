@@ -22,7 +22,7 @@ use uuid::Uuid;
 use super::dead_letters::Error;
 use super::letter::Names;
 use crate::batch::Offset;
-use crate::stream::{AppendError, Delivered, Identity, OnLag, StateChange, Stream};
+use crate::stream::{AppendError, Attachment, Delivered, Identity, OnLag, StateChange, Stream};
 
 /// Begin of the state keys; then the pipeline, the log and the generation of the source, and the id of a
 /// sink, or nothing for the pipeline itself.
@@ -49,6 +49,10 @@ pub enum Leg {
         from: Vec<Offset>,
         #[serde(default, skip_serializing_if = "Option::is_none")]
         until: Option<Vec<Offset>>,
+        /// The records before were lost: a sink that has positions in the out stream has left the source, wherever
+        /// its position there is.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        is_guess: bool,
     },
     /// Offsets of all partitions.
     Out {
@@ -107,20 +111,20 @@ pub struct OutNow {
 
 impl Road {
     fn begin() -> Self {
-        Self { legs: vec![Leg::Source { from: Vec::new(), until: None }] }
+        Self { legs: vec![Leg::Source { from: Vec::new(), until: None, is_guess: false }] }
     }
 
     /// Ends the last leg, which is of the out stream, and goes on with the source.
     fn back_to_source(&mut self, end: Offset, reached: &[Offset]) {
         if let Some(Leg::Out { until: until @ None, from, .. }) = self.legs.last_mut() {
             *until = Some(end.max(*from));
-            self.legs.push(Leg::Source { from: reached.to_vec(), until: None });
+            self.legs.push(Leg::Source { from: reached.to_vec(), until: None, is_guess: false });
         }
     }
 
-    fn on_to(&mut self, out: &OutNow, reached: &[Offset]) {
-        if let Some(Leg::Source { until: until @ None, .. }) = self.legs.last_mut() {
-            *until = Some(reached.to_vec());
+    fn on_to(&mut self, out: &OutNow, reached: &[Offset], are_lost: bool) {
+        if let Some(Leg::Source { until: until @ None, is_guess, .. }) = self.legs.last_mut() {
+            (*until, *is_guess) = (Some(reached.to_vec()), are_lost);
             self.legs.push(Leg::Out { log: out.log, from: out.end, until: None });
         }
     }
@@ -159,7 +163,7 @@ impl Road {
             |offsets: &mut Vec<Offset>| offsets.iter_mut().for_each(|offset| *offset = end.min(*offset));
         for leg in &mut self.legs {
             match leg {
-                Leg::Source { from, until } => {
+                Leg::Source { from, until, .. } => {
                     cut(from);
                     until.iter_mut().for_each(cut);
                 }
@@ -175,7 +179,7 @@ impl Road {
     /// Writes offsets that are the same for all partitions once, and reads them again.
     fn each_partition(&mut self, change: impl Fn(&mut Vec<Offset>)) {
         for leg in &mut self.legs {
-            if let Leg::Source { from, until } = leg {
+            if let Leg::Source { from, until, .. } = leg {
                 change(from);
                 until.iter_mut().for_each(&change);
             }
@@ -207,7 +211,7 @@ impl Road {
         });
         let is_whole = |offsets: &Vec<Offset>| offsets.is_empty() || offsets.len() == usize::from(partitions);
         let is_sound = road.legs.iter().all(|leg| match leg {
-            Leg::Source { from, until } => is_whole(from) && until.as_ref().is_none_or(is_whole),
+            Leg::Source { from, until, .. } => is_whole(from) && until.as_ref().is_none_or(is_whole),
             Leg::Out { .. } => true,
         });
         is_sound.then_some(road)
@@ -278,18 +282,18 @@ impl Roads {
         now.of.values_mut().for_each(|road| road.cut(end, out));
         let written = out.filter(|out| out.is_written);
         let begun = now.begun;
+        let have_written = |out: &OutNow| out.reached.iter().any(|reached| *reached > Offset(0));
+        let are_lost = begun.is_none() && self.of.is_empty() && out.is_some_and(have_written);
         now.begun = written.map(|out| match begun {
             Some(begun) if begun.log == out.log => begun,
             Some(_) => Begun { log: out.log, from: goes_on.min(end) },
             // All records are lost, and the steps have written: they go on where they were.
-            None if self.of.is_empty() && out.reached.iter().any(|reached| *reached > Offset(0)) => {
-                Begun { log: out.log, from: Offset(0) }
-            }
+            None if are_lost => Begun { log: out.log, from: Offset(0) },
             None => Begun { log: out.log, from: end },
         });
         let reached = |out: &OutNow, begun: Option<Begun>| -> Vec<Offset> {
             let from = begun.filter(|begun| begun.log == out.log).map(|begun| begun.from).unwrap_or_default();
-            out.reached.iter().map(|reached| from.max(*reached)).collect()
+            out.reached.iter().map(|reached| from.max(*reached).min(end)).collect()
         };
         // Those that read another out stream, or one that nobody writes any more.
         for road in now.of.values_mut() {
@@ -307,13 +311,20 @@ impl Roads {
         for sink in sinks.iter().filter_map(|ids| ids.first()) {
             let road = now.of.entry(sink.clone()).or_insert_with(Road::begin);
             if let Some(out) = written {
-                road.on_to(out, &reached(out, now.begun));
+                road.on_to(out, &reached(out, now.begun), are_lost);
             }
         }
         now.of.values_mut().for_each(Road::shorten);
         // A sink that has only ever read the source needs no note.
         now.of.retain(|_, road| *road != Road::begin());
         now
+    }
+
+    /// Whether the out stream of the records is gone.
+    fn lack(&self, out: Option<&OutNow>) -> bool {
+        let is_other = |log: Uuid| out.is_none_or(|out| out.log != log);
+        self.begun.is_some_and(|begun| is_other(begun.log))
+            || self.of.values().filter_map(Road::log).any(is_other)
     }
 
     /// Takes down what the routes lead to from now on.
@@ -373,7 +384,9 @@ pub async fn plan(
     let (identity, end) = (source.identity(), source.bounds().end);
     let before = Roads::read(&**dead_letters, &names.pipelines, identity);
     let partitions = usize::from(identity.partitions);
-    let mut now = before.turned(out, goes_on(names.pipeline(), source), sinks, end, partitions);
+    let goes_on = before.lack(out).then(|| GoesOn::of(names.pipeline(), source));
+    let at = goes_on.as_ref().map_or(end, |goes_on| goes_on.at);
+    let mut now = before.turned(out, at, sinks, end, partitions);
     if let Some(out) = out.filter(|out| out.is_written) {
         now.turn_routes(out, routes);
     }
@@ -397,16 +410,29 @@ pub async fn plan(
         .map(|key| StateChange { key, value: wanted.get(key).map(Vec::as_slice) })
         .collect();
     write(dead_letters, &changes).await?;
+    // The steps write to no stream any more.
+    if let Some(goes_on) = goes_on.filter(|_| out.is_none_or(|out| !out.is_written)) {
+        goes_on.attachment.detach();
+    }
     Ok(now)
 }
 
-/// Returns where the steps were in the source, as it remembers the out stream as its reader.
-fn goes_on(pipeline: &str, source: &dyn Stream) -> Offset {
-    let end = source.bounds().end;
-    let attachment = source.attach(&format!("{pipeline}/{}", out_stream_of(pipeline)), end, OnLag::Detach);
-    let remembered = (attachment.delivered() == Delivered::ToThis).then(|| attachment.remembered());
-    attachment.detach();
-    remembered.unwrap_or(end)
+/// The steps' place in the source, as it remembers the out stream as its reader.
+struct GoesOn {
+    at: Offset,
+    attachment: Box<dyn Attachment>,
+}
+
+impl GoesOn {
+    fn of(pipeline: &str, source: &dyn Stream) -> Self {
+        let bounds = source.bounds();
+        let consumer = format!("{pipeline}/{}", out_stream_of(pipeline));
+        // As the steps attach it, so that retention keeps what they need.
+        let attachment = source.attach(&consumer, bounds.start, OnLag::Block);
+        let is_known = attachment.delivered() == Delivered::ToThis;
+        let at = if is_known { attachment.remembered() } else { bounds.end };
+        Self { at, attachment }
+    }
 }
 
 async fn write(dead_letters: &Arc<dyn Stream>, changes: &[StateChange<'_>]) -> Result<(), Error> {
@@ -467,7 +493,11 @@ mod tests {
     }
 
     fn source(from: Option<[u64; 2]>, until: Option<[u64; 2]>) -> Leg {
-        Leg::Source { from: from.map(offsets).unwrap_or_default(), until: until.map(offsets) }
+        Leg::Source {
+            from: from.map(offsets).unwrap_or_default(),
+            until: until.map(offsets),
+            is_guess: false,
+        }
     }
 
     fn by_out(from: u64, until: Option<u64>) -> Leg {
@@ -526,7 +556,8 @@ mod tests {
     fn steps_go_on_where_they_were_when_all_records_are_lost() {
         let lost = turned(&Roads::default(), Some(&out(40, [30, 31], true)), &["a"], 50);
         assert_eq!(lost.begun(), Offset(0), "the out stream says itself how far they were");
-        assert_eq!(lost.of("a").legs, [source(None, Some([30, 31])), by_out(40, None)]);
+        let guess = Leg::Source { from: Vec::new(), until: Some(offsets([30, 31])), is_guess: true };
+        assert_eq!(lost.of("a").legs, [guess, by_out(40, None)]);
     }
 
     #[test]

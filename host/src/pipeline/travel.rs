@@ -10,7 +10,7 @@ use super::claim::FirstStart;
 use super::delivery::{Delivery, End, Event, Lend};
 use super::road::{Leg, Road};
 use crate::batch::Offset;
-use crate::sinks::Sink;
+use crate::sinks::{Name, Sink};
 use crate::stream::BeginNow;
 
 /// Stands for the position of a sink in a stream that it has left for good.
@@ -27,6 +27,10 @@ pub struct Traveller {
     /// From the out stream, where the pipeline has one.
     pub at_out: Option<Delivery>,
     pub out: Uuid,
+    /// Names of the sink's claim in the out stream, and that stream's log.
+    pub in_out: Option<(Vec<Name>, Uuid)>,
+    /// An earlier process delivered from the out stream.
+    pub has_begun: bool,
     /// In an earlier process it left the source for good: that is looked at once more only because its database
     /// may be an older one.
     pub begins_at_out: bool,
@@ -39,11 +43,10 @@ impl Traveller {
         let legs = std::mem::take(&mut self.road.legs);
         for (place, leg) in legs.iter().enumerate() {
             let delivery = match (leg, &mut self.at_out) {
-                (Leg::Source { from, until }, _) => {
+                (Leg::Source { from, until, is_guess }, _) => {
                     let delivery = &mut self.at_source;
                     (delivery.floor, delivery.until) = (from.clone(), until.clone());
-                    // A sink that was in the out stream before has positions there.
-                    delivery.next.take_if(|_| !from.is_empty());
+                    delivery.next = self.in_out.clone().filter(|_| *is_guess);
                     delivery.writer.letters.set_until_of(delivery.number, until.clone());
                     delivery
                 }
@@ -57,8 +60,11 @@ impl Traveller {
                     delivery.floor = if was_back { vec![*from; partitions] } else { Vec::new() };
                     delivery.writer.letters.set_until_of(delivery.number, until.clone());
                     delivery.until = until;
-                    // A claim that is new begins where the sink left the source.
-                    begin_at(delivery, *from);
+                    // A claim that is new begins where the sink left the source. Where one was there before and
+                    // is gone, a person is asked, as anywhere; not where the database is from before that.
+                    if !self.has_begun || self.at_source.writer.has_found {
+                        begin_at(delivery, *from);
+                    }
                     delivery
                 }
                 (Leg::Out { log, .. }, _) => {
@@ -72,7 +78,7 @@ impl Traveller {
                 }
             };
             self.shown.set(&delivery.shared);
-            let is_a_look = self.begins_at_out && place == 0;
+            let is_a_look = self.begins_at_out && place + 1 < legs.len();
             if let Some((place, own)) = delivery.shows.as_ref().filter(|_| !is_a_look) {
                 place.store(*own, Ordering::Release);
             }

@@ -59,6 +59,8 @@ pub struct Writer {
     pub waiting: Option<Waiting>,
     /// This process has had positions of the claim.
     pub has_begun: bool,
+    /// The sink had positions of the claim when this process opened it first.
+    pub has_found: bool,
     /// Keeps from retention what the claim needs; a redrive has none.
     pub attachment: Option<Arc<dyn Attachment>>,
     pub letters: Arc<DeadLetters>,
@@ -295,6 +297,7 @@ impl Writer {
             beginning: None,
             waiting: None,
             has_begun: false,
+            has_found: false,
             attachment: None,
             letters: Arc::clone(letters),
             metrics: SinkMetrics::new(&claim.pipeline, &claim.sink),
@@ -324,6 +327,7 @@ impl Writer {
         let partitions = usize::from(self.claim.partitions);
         let is_new = opened.positions.is_empty();
         let is_gone = is_new && self.has_begun;
+        self.has_found |= !is_new && !self.has_begun;
         let goes_on = is_gone
             && !opened.found.has_rows
             && self.beginning.as_ref().is_some_and(|beginning| beginning.goes_on());

@@ -12,8 +12,9 @@ use uuid::Uuid;
 
 use crate::batch::{Batch, Entry, MessageRef, Offset, Partition, Span};
 use crate::pipeline::{
-    Backoff, Batching, Config, Deps, Handle, KeptReasons, Letter, MARK_PREFIX, Mark, Marks, OutPart,
-    PipelineStatus, Retries, RouteTarget, SinkPart, list_open, name_sinks, names_of, need_out, start,
+    Backoff, Batching, Config, DeadLettersError, Deps, Handle, KeptReasons, Letter, MARK_PREFIX, Mark, Marks,
+    OutPart, PipelineStatus, Retries, RouteTarget, SinkPart, list_open, name_sinks, names_of, need_out,
+    start,
 };
 use crate::problems::{KeyPath, Problem};
 use crate::sinks::Begin;
@@ -337,6 +338,10 @@ impl World {
     }
 
     pub async fn start(&self, chain: Chain) -> Process {
+        self.try_start(chain).await.unwrap()
+    }
+
+    pub async fn try_start(&self, chain: Chain) -> Result<Process, DeadLettersError> {
         let (chain_sender, chain) = watch::channel(chain);
         let shutdown = CancellationToken::new();
         let is_configured = |name: &&String| self.config.sinks().contains(name.as_str());
@@ -385,8 +390,8 @@ impl World {
             failures: self.failures.clone(),
             shutdown: shutdown.clone(),
         };
-        let handle = start(&self.pipeline, &self.config, deps).await.unwrap();
-        Process { handle, chain: chain_sender, shutdown }
+        let handle = start(&self.pipeline, &self.config, deps).await?;
+        Ok(Process { handle, chain: chain_sender, shutdown })
     }
 
     fn out(&self) -> Option<OutPart> {

@@ -661,3 +661,69 @@ async fn a_message_goes_by_the_routes_of_its_time_however_late_a_sink_gets_it() 
     assert_eq!(world.payloads("a"), ["d:1", "d:26"]);
     assert_eq!(world.payloads("b"), ["d:6", "d:7"]);
 }
+
+#[tokio::test]
+async fn positions_that_are_gone_are_asked_about_where_the_table_has_rows() {
+    let (world, _) = world(&["a", "b"]);
+    let process = world.start(steps()).await;
+    world.publish_many(DEVICES, 0, 40);
+    process.drained().await;
+    process.stop().await;
+    let before = world.payloads("a");
+    world.database("a").lose_positions();
+    let process = world.start(steps()).await;
+    let asks = |status: &crate::pipeline::PipelineStatus| {
+        let a = status.sinks.iter().find(|sink| sink.name == "a").unwrap();
+        matches!(&a.state, State::Retrying(reason) if reason.contains("begin: start"))
+    };
+    process.until("a person is asked", asks).await;
+    process.stop().await;
+    assert_eq!(world.payloads("a"), before);
+}
+
+#[tokio::test]
+async fn a_pipeline_that_reads_another_stream_fills_its_sinks_from_its_beginning() {
+    let (world, _) = world(&["a", "b"]);
+    let process = world.start(steps()).await;
+    world.publish_many(DEVICES, 0, 40);
+    process.drained().await;
+    process.stop().await;
+    let mut other = world.clone();
+    let stream = MemoryStream::with_hooks("other", 3);
+    (other.stream, other.memory) = (Arc::clone(&stream) as Arc<dyn Stream>, stream);
+    other.publish_many(DEVICES, 100, 40);
+    let process = other.start(steps()).await;
+    process.drained().await;
+    process.stop().await;
+    let is_passed = |n: &u64| n % 20 != 4;
+    let rows = (0..40).chain(100..140).filter(is_passed);
+    let rows = sorted(rows.flat_map(|n| std::iter::repeat_n(payload(n), copies_of(n))).collect());
+    for sink in ["a", "b"] {
+        assert_eq!(sorted(world.payloads(sink)), rows, "{sink}");
+    }
+}
+
+#[tokio::test]
+async fn what_the_steps_need_of_the_source_stays_where_a_start_finds_no_room_for_its_roads() {
+    let (mut world, _) = world(&["a", "b"]);
+    let process = world.start(steps()).await;
+    world.publish_many(DEVICES, 0, 40);
+    process.drained().await;
+    process.stop().await;
+    let holds = || world_marks(&world);
+    let before = holds();
+    world.set_sinks(&SINKS);
+    world.dead_memory.set_no_space(true);
+    assert!(world.try_start(steps()).await.is_err());
+    assert_eq!(world_marks(&world).get("p/p.out"), before.get("p/p.out"));
+    world.dead_memory.set_no_space(false);
+    world.publish_many(DEVICES, 40, 40);
+    let process = world.start(steps()).await;
+    process.drained().await;
+    process.stop().await;
+    assert_eq!(sorted(world.payloads("a")).len(), sorted(world.payloads("c")).len());
+}
+
+fn world_marks(world: &World) -> BTreeMap<String, (crate::batch::Offset, OnLag)> {
+    world.memory.marks()
+}
