@@ -298,25 +298,34 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         if self.changing.is_some() {
             self.inbound.hold(!self.answers_first());
         }
-        while !self.input.is_empty() && !self.drains {
-            let (used, next) = self
-                .inbound
-                .take(self.broker, &self.input, &mut self.out)
-                .map_err(|trouble| End::of(trouble, &self.input, self.broker.packet_bytes_max))?;
-            self.input.advance(used);
-            self.stopped_at = next;
-            match self.stopped_at {
-                Next::Packet => {
-                    Box::pin(self.packet()).await?;
-                    // A read may be full of them.
-                    consume_budget().await;
+        loop {
+            while !self.input.is_empty() && !self.drains {
+                let (used, next) = self
+                    .inbound
+                    .take(self.broker, &self.input, &mut self.out)
+                    .map_err(|trouble| End::of(trouble, &self.input, self.broker.packet_bytes_max))?;
+                self.input.advance(used);
+                self.stopped_at = next;
+                match self.stopped_at {
+                    Next::Packet => {
+                        Box::pin(self.packet()).await?;
+                        // A read may be full of them.
+                        consume_budget().await;
+                    }
+                    Next::Turn => {
+                        offer_core(SHORT_TURN);
+                        yield_now().await;
+                    }
+                    Next::Bytes | Next::Room => break,
                 }
-                Next::Turn => {
-                    offer_core(SHORT_TURN);
-                    yield_now().await;
-                }
-                Next::Bytes | Next::Room => break,
             }
+            // The acknowledgements that go out now may be what the rest of the input waits for.
+            let waits = self.stopped_at == Next::Room && self.inbound.waits_for_acks(self.broker);
+            self.inbound.write_acks(self.broker, &mut self.out);
+            if !waits || self.drains || self.inbound.waits_for_acks(self.broker) {
+                break;
+            }
+            consume_budget().await;
         }
         if self.input.is_empty() {
             self.stopped_at = Next::Bytes;
@@ -324,7 +333,6 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         }
         let awaited = if self.stopped_at == Next::Bytes { wire::packet_len(&self.input) } else { None };
         Permit::set(&mut self.partial, awaited, &self.broker.incoming_permits);
-        self.inbound.write_acks(self.broker, &mut self.out);
         self.deliver();
         self.broker.counters.sending(self.peer.version, &self.out[self.counted..]);
         self.counted = self.out.len();
