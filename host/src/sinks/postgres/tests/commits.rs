@@ -176,6 +176,10 @@ async fn what_a_server_says_as_it_is_shut_down_is_the_reason_of_the_next_failure
         sink.open(&claim(), None).await.unwrap();
         let stopped = Arc::clone(&server);
         tokio::task::spawn_blocking(move || stopped.stop(mode)).await.unwrap();
+        // What the server said is in the socket: the connection's task reads it before the next call writes.
+        for _ in 0..1_000 {
+            tokio::task::yield_now().await;
+        }
         let error = sink.commit(&rows([("a", "1")]), &[advance(0, 0, 1)]).await.unwrap_err();
         assert!(matches!(&error, Error::Retry(reason) if reason.contains(words)), "{mode}: {error:?}");
     }
