@@ -138,7 +138,7 @@ impl Allowance {
 #[derive(Debug, Default)]
 pub struct Users(Arc<Mutex<Clients>>);
 
-/// By user, then by client id: the number of connections that share the place.
+/// Number of connections that share a place, by user and client id.
 type Clients = HashMap<Arc<str>, HashMap<Box<str>, u32>>;
 
 /// The place of one client id of a user. It is free again when this is dropped.

@@ -11,7 +11,7 @@ const COSTS_MAX: usize = 16;
 #[derive(Debug, Default)]
 pub struct Pace {
     mean: Option<Duration>,
-    /// By cost: the last measured duration, and when the next measurement is due.
+    /// The last measured duration of each cost, and when its next measurement is due.
     last: BTreeMap<u64, (Duration, Instant)>,
 }
 

@@ -110,7 +110,7 @@ mod tests {
             drop(log);
             of(&dir, name, &recovery)
         };
-        // In the order of a host's start.
+        // A host opens them in this order.
         let start = || [open("telemetry"), open(DEAD_LETTERS), open(BROKER)].concat();
         assert_eq!(start(), []);
         assert_eq!(start(), []);

@@ -16,7 +16,7 @@ pub struct Answering {
     pub shown: Shown,
 }
 
-/// Where it tells: the status of the sink in the stream that it reads now. Clones tell the same.
+/// The status that calls of the sink are told to: that of the stream which the sink reads now. Clones share it.
 #[derive(Clone)]
 pub struct Shown(Arc<Mutex<Arc<SinkShared>>>);
 

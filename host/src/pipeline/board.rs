@@ -13,7 +13,7 @@ use crate::batch::Offset;
 use crate::step::Chain;
 use crate::stream::Stream;
 
-/// At a shutdown the sinks are looked at so often.
+/// Interval between two looks at the sinks at a shutdown.
 const DRAINED_EVERY: Duration = Duration::from_millis(10);
 
 /// What others read of a pipeline.
@@ -127,7 +127,7 @@ impl Board {
 /// The boards of a pipeline: of what reads the source, and of what reads the out stream, where one is read.
 pub struct Boards {
     boards: Vec<Arc<Board>>,
-    /// By sink: the stream that it is shown in.
+    /// The stream in which each sink is shown.
     places: Vec<Place>,
     /// The sink that is the out stream.
     out: Option<SinkNumber>,

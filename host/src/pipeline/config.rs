@@ -34,7 +34,9 @@ pub struct Config {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub steps: Option<Vec<StepConfig>>,
     /// Maps each route to a sink, a stream, several of them, or `drop`. `default` takes messages that no
-    /// step routed. If a stream and a sink have the same name, the sink is meant.
+    /// step routed. If a stream and a sink have the same name, the sink is meant. If the routes lead to more
+    /// than one sink, the steps write to the stream `PIPELINE.out`, which each sink reads; `streams` may
+    /// configure it under that name.
     pub routes: BTreeMap<String, RouteTarget>,
     /// A stream that also receives every message whose route does not lead to `drop`, as the steps left
     /// it, starting with the first start of the host that has this key. Other pipelines read the stream

@@ -77,9 +77,10 @@ pub struct Delivery {
     pub pending: Option<Intake>,
     /// By partition: all below is gathered or committed.
     pub received: Vec<Offset>,
-    /// By partition: what lies below came to the sink by another stream; empty: nothing did.
+    /// First offset of each partition that comes to the sink by this stream: the messages below came by another one.
+    /// Empty if none did.
     pub floor: Vec<Offset>,
-    /// By partition: what lies there and above comes to the sink by another stream. `None`: nothing does.
+    /// Offset of each partition from which on messages come to the sink by another stream. `None` if none do.
     pub until: Option<Vec<Offset>>,
     /// The claim that the sink has in the stream with which it goes on: where it has positions there, it
     /// has left this one.
@@ -87,7 +88,7 @@ pub struct Delivery {
     /// Set while the sink is only looked at here, since it has left this stream: the name of the reader, and what
     /// retention does for it where it is found to lack messages.
     pub hold: Option<(String, OnLag)>,
-    /// Where the status finds the stream that the sink is shown in, and how it names this one.
+    /// The place from which the status reads in which stream the sink is shown, and the value that means this stream.
     pub shows: Option<(Arc<AtomicUsize>, usize)>,
 }
 

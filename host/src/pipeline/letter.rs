@@ -247,7 +247,7 @@ impl Names {
         self
     }
 
-    /// As these are where a sink answers for what was sent to it, by its own ids.
+    /// Returns the names without ids that a sink took over: what was sent to a sink is asked by its own ids.
     pub fn own(&self) -> Self {
         let mut own = self.clone();
         if let Some(first) = own.sinks.first_mut() {

@@ -720,10 +720,10 @@ pub type CatchesUp = (Arc<DeadLetters>, Arc<SinkShared>, Offset);
 /// A sink that redrives borrow from its delivery.
 pub struct Lender {
     pub lends: mpsc::Sender<Lend>,
-    /// By stream that the sink reads: its dead letters, and up to where the delivery itself is.
+    /// The dead letters of each stream that the sink reads, and the status that says how far its delivery is.
     pub places: Vec<(Arc<DeadLetters>, Arc<SinkShared>)>,
-    /// Of the stream that sinks read: those that are new to it and run the steps themselves, up to an offset of
-    /// the source. A letter that is sent before they are past its message would come to them twice.
+    /// Sinks that are new to the out stream and run the steps themselves, up to an offset of the source; only for the
+    /// out stream. A letter that is sent before they are past its message would come to them twice.
     pub others: Vec<CatchesUp>,
     pub batching: Batching,
 }

@@ -93,7 +93,7 @@ struct Tables {
 pub struct Roads {
     begun: Option<Begun>,
     tables: Option<Tables>,
-    /// By id of the sink.
+    /// The road of each sink, by its id.
     of: BTreeMap<String, Road>,
 }
 
@@ -129,7 +129,7 @@ impl Road {
         }
     }
 
-    /// Where the sink leaves the source for the last time, by partition; `None`: it stays.
+    /// Returns where the sink leaves the source for the last time, by partition; `None` if it stays.
     pub fn source_end(&self) -> Option<Vec<Offset>> {
         self.legs.iter().rev().find_map(|leg| match leg {
             Leg::Source { until, .. } => Some(until.clone()),
@@ -352,7 +352,7 @@ impl Roads {
         self.of.get(sink).cloned().unwrap_or_else(Road::begin)
     }
 
-    /// Where the steps began to write to the out stream.
+    /// Returns where the steps began to write to the out stream.
     pub fn begun(&self) -> Offset {
         self.begun.map(|begun| begun.from).unwrap_or_default()
     }
@@ -364,7 +364,7 @@ pub fn need_out(dead_letters: &dyn Stream, pipelines: &[String], source: Identit
     Roads::read(dead_letters, pipelines, source).of.values().any(Road::needs_out)
 }
 
-/// Behind the name of a pipeline: the stream of what its steps made.
+/// Suffix behind the name of a pipeline, which names the stream of its steps' output.
 pub const OUT: &str = ".out";
 
 /// Name of the stream of what a pipeline's steps made.

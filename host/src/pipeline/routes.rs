@@ -65,7 +65,7 @@ impl Routes {
         Self::of(config.routes.iter().map(|(route, target)| (route.clone(), to(target))))
     }
 
-    /// As a table of names and sinks says.
+    /// Returns the routes of a table of names and sinks.
     pub fn of(table: impl Iterator<Item = (String, Vec<SinkNumber>)>) -> Self {
         let mut routes: Vec<_> = table.collect();
         routes.sort_by_key(|(route, _): &(String, Vec<_>)| route != DEFAULT_ROUTE);

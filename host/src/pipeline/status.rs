@@ -40,7 +40,7 @@ pub struct SinkStatus {
     /// The stream that it reads now: that of its pipeline, or the one between the steps and the sinks. Its
     /// offsets are those of this stream.
     pub stream: String,
-    /// Where that stream ends.
+    /// End of that stream.
     pub end: Offset,
     pub state: State,
     /// What a person does about it while it retries.

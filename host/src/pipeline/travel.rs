@@ -24,7 +24,7 @@ pub struct Traveller {
     pub shown: Shown,
     pub lends: mpsc::Receiver<Lend>,
     pub at_source: Delivery,
-    /// From the out stream, where the pipeline has one.
+    /// Delivers from the out stream; `None` if the pipeline has none.
     pub at_out: Option<Delivery>,
     pub out: Uuid,
     /// Names of the sink's claim in the out stream, and that stream's log.

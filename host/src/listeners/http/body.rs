@@ -19,9 +19,10 @@ pub const BROKEN_OFF: &str = "body";
 /// A body may take a second more for each of these.
 const BYTES_PER_S_LEAST: u64 = 1 << 10;
 
-/// Of a request of HTTP/2 that is answered before its body has come, so much is still read, in so long: a
-/// client that learns of the answer while it sends may take it for an error (curl 7.88 does).
+/// Bytes that are still read of an HTTP/2 request that is answered before its body has come. A client that learns of
+/// the answer while it sends may take a reset for an error (curl 7.88 does).
 const DISCARDED_BYTES_MAX: usize = 1 << 20;
+/// Time in which they are read.
 const DISCARDED_TIME_MAX: Duration = Duration::from_secs(5);
 
 /// A whole body; it counts for the memory of all until it is dropped.

@@ -43,8 +43,8 @@ pub struct Config {
     /// is refused. All connections together may have 4,096 requests at a time beside the first of each;
     /// further ones are answered with 429.
     pub http2_streams_max: u32,
-    /// From the begin of a connection to the end of its first request's headers; before it, as long
-    /// again for PROXY and TLS together. The body of any request may take as long, and a second more
+    /// Longest time from the begin of a connection to the end of its first request's headers. PROXY and TLS
+    /// together may take as long before that. The body of any request may take as long, and a second more
     /// for each KiB.
     pub request_timeout: Period,
     /// How long a connection without a request is kept, measured to the end of the next request's

@@ -107,7 +107,7 @@ pub struct Handle {
 }
 
 impl Handle {
-    /// In the order of the configuration, with the ports that were taken.
+    /// Returns the addresses in the order of the configuration, with the ports that were taken.
     pub fn addresses(&self) -> &[Bind] {
         &self.addresses
     }

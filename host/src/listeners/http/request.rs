@@ -55,7 +55,7 @@ pub struct Sent<'b> {
     pub identity: Arc<Identity>,
     /// As MQTT's client id.
     pub client_id: Option<Box<str>>,
-    /// Of messages whose topics name no device.
+    /// Device of messages whose topics name none.
     pub client: Arc<str>,
     pub id: Option<Id>,
     pub now_us: u64,
@@ -93,7 +93,7 @@ impl Connection {
             let refusal = Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "stopping", "the host is stopping");
             return Err(refusal.retry(RETRY_AFTER_LONG));
         }
-        // Of HTTP/1.1 the reader of the head has counted.
+        // The reader of an HTTP/1.1 head has counted them already.
         if head.headers.len() > HEADERS_MAX {
             let reason = format!("more than {HEADERS_MAX} headers");
             return Err(Refusal::new(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "header", reason));
