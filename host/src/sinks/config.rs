@@ -145,7 +145,6 @@ pub enum Begin {
 pub enum OnConflict {
     /// The new row becomes a dead letter.
     #[default]
-    #[serde(alias = "refuse")]
     Reject,
     /// The existing row stays, and the new one is counted as ignored.
     Ignore,
@@ -153,12 +152,18 @@ pub enum OnConflict {
     Upsert,
     /// Accepted for configs of 0.1. Same as `ignore`.
     Auto,
+    /// Accepted for configs of 0.1. Same as `reject`.
+    Refuse,
 }
 
 impl OnConflict {
     /// Returns the value with its current name.
     pub(super) fn resolved(self) -> Self {
-        if self == Self::Auto { Self::Ignore } else { self }
+        match self {
+            Self::Auto => Self::Ignore,
+            Self::Refuse => Self::Reject,
+            Self::Reject | Self::Ignore | Self::Upsert => self,
+        }
     }
 
     pub(super) fn ignores_rows(self) -> bool {
@@ -167,9 +172,13 @@ impl OnConflict {
 
     /// Returns a warning if the value at `path` is deprecated.
     pub(super) fn warning(self, path: &str) -> Option<String> {
-        (self == Self::Auto).then(|| {
-            format!("{path}: auto is read as ignore and will go: write ignore, or reject, or upsert")
-        })
+        match self {
+            Self::Auto => Some(format!(
+                "{path}: auto is read as ignore and will go: write ignore, or reject, or upsert"
+            )),
+            Self::Refuse => Some(format!("{path}: refuse is read as reject and will go: write reject")),
+            Self::Reject | Self::Ignore | Self::Upsert => None,
+        }
     }
 }
 

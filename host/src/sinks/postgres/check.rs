@@ -283,7 +283,7 @@ impl Check<'_> {
             }
             Err(error) if is_denied(&error) => {
                 let rights = match on_conflict {
-                    OnConflict::Reject => "INSERT",
+                    OnConflict::Reject | OnConflict::Refuse => "INSERT",
                     OnConflict::Ignore | OnConflict::Auto => "SELECT, INSERT",
                     OnConflict::Upsert => "SELECT, INSERT, UPDATE",
                 };

@@ -116,7 +116,7 @@ pub fn create(
         OnConflict::Upsert => {
             format!("({})", replaced(columns, binding, "headworks_stage WHERE ctid = ANY (rows)"))
         }
-        OnConflict::Reject | OnConflict::Ignore | OnConflict::Auto => "0".to_owned(),
+        OnConflict::Reject | OnConflict::Refuse | OnConflict::Ignore | OnConflict::Auto => "0".to_owned(),
     };
     let (probe_table, probe) = probe(columns, binding);
     let diagnostics = format!(
@@ -355,7 +355,9 @@ fn value(binding: &Binding, i: usize) -> String {
 pub fn insert(table: &str, columns: &Columns, binding: &Binding, on_conflict: OnConflict) -> String {
     let from = match on_conflict {
         OnConflict::Upsert => "headworks_stage",
-        OnConflict::Reject | OnConflict::Ignore | OnConflict::Auto => "headworks_stage ORDER BY n",
+        OnConflict::Reject | OnConflict::Refuse | OnConflict::Ignore | OnConflict::Auto => {
+            "headworks_stage ORDER BY n"
+        }
     };
     insert_of(table, columns, binding, on_conflict, false, from)
 }
@@ -414,7 +416,7 @@ fn insert_of(
     let overriding = if overrides { " OVERRIDING SYSTEM VALUE" } else { "" };
     let insert = format!("INSERT INTO {table} ({list}){overriding} SELECT {values} FROM");
     match on_conflict {
-        OnConflict::Reject => format!("{insert} {from}"),
+        OnConflict::Reject | OnConflict::Refuse => format!("{insert} {from}"),
         OnConflict::Ignore | OnConflict::Auto => match &binding.ignores {
             Ignores::Nothing => format!("{insert} {from}"),
             Ignores::Key(names) => {

@@ -33,7 +33,7 @@ pub struct Config {
     pub create: bool,
     /// What happens to a row that violates a unique key of the table: `reject` makes it a dead letter,
     /// `ignore` leaves it out and counts it, `upsert` replaces the existing row. `auto` is read as
-    /// `ignore`.
+    /// `ignore`, and `refuse` as `reject`.
     pub on_conflict: OnConflict,
     /// When a batch is written.
     pub batch: BatchConfig,

@@ -59,7 +59,7 @@ pub fn insert(config: &Config, columns: &Columns, bound: &Bound, rows: usize) ->
     // Only where it is needed: it also counts within the triggers, in place of what their statements say.
     let or = if bound.has_clause { " OR ABORT" } else { "" };
     let conflict = match config.on_conflict {
-        OnConflict::Reject => String::new(),
+        OnConflict::Reject | OnConflict::Refuse => String::new(),
         OnConflict::Ignore | OnConflict::Auto => " ON CONFLICT DO NOTHING".to_owned(),
         OnConflict::Upsert => {
             let set: Vec<String> = list.iter().map(|name| format!("{name} = excluded.{name}")).collect();
