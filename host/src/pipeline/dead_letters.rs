@@ -836,7 +836,7 @@ impl Scan {
 }
 
 /// A message of a batch as a new one, with other properties.
-fn new_message<'a>(message: &MessageRef<'a>, properties: &'a [u8], partitions: u16) -> NewMessage<'a> {
+pub fn new_message<'a>(message: &MessageRef<'a>, properties: &'a [u8], partitions: u16) -> NewMessage<'a> {
     NewMessage {
         topic: message.topic(),
         payload: message.payload(),

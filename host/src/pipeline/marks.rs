@@ -78,6 +78,8 @@ pub struct Pending {
     pub to: Option<Destinations>,
 }
 
+/// Mark of a letter that is sent. An empty one, of 0.1.0, says that too: see [`without_outcome`].
+const SENT: &str = "sent";
 /// First byte of the mark of a letter that a pass sends: no text begins with it.
 const OF_PASS: u8 = 1;
 /// Second line of the mark of a letter that a database has lost.
@@ -123,10 +125,10 @@ impl Mark {
         }
     }
 
-    /// Empty for a letter that is sent. `pending` and the pipeline, or `open` and why, and the
-    /// sinks, a line each; one of `open` may be the destinations. For a pass: a byte, its UUID, then
-    /// lines: the pipeline, the sinks that it is sent to, those that rejected it, whether it may repeat
-    /// rows, its tries, the step that it enters at, and its destinations.
+    /// `sent`, or `pending` and the pipeline, or `open` and why, and the sinks, a line each; one of
+    /// `open` may be the destinations. For a pass: a byte, its UUID, then lines: the pipeline, the sinks
+    /// that it is sent to, those that rejected it, whether it may repeat rows, its tries, the step that it
+    /// enters at, and its destinations.
     pub fn bytes(&self) -> Vec<u8> {
         let lines = |first: [&str; 2], names: &BTreeSet<String>| {
             first
@@ -137,7 +139,7 @@ impl Mark {
                 .into_bytes()
         };
         match self {
-            Self::Sent => Vec::new(),
+            Self::Sent => SENT.into(),
             Self::Open { sinks, why, to } => {
                 let mut bytes = lines(["open", &why.text()], sinks);
                 bytes.extend(to.iter().flat_map(|to| format!("\n{}", to.text()).into_bytes()));
@@ -223,6 +225,17 @@ fn split(names: &str) -> BTreeSet<String> {
 
 pub fn mark_key(letter: Offset) -> Vec<u8> {
     [LETTER_PREFIX, &letter.0.to_be_bytes()].concat()
+}
+
+/// Returns the letters whose own marks are empty. 0.1.0 wrote such a mark when it copied a letter, whether or not the
+/// copy was sent later.
+pub fn without_outcome(state: &StateEntries) -> BTreeSet<u64> {
+    let is_empty = |(_, value): &&(Vec<u8>, Vec<u8>)| value.is_empty();
+    state.iter().filter(is_empty).filter_map(|(key, _)| letter_of(key)).collect()
+}
+
+fn letter_of(key: &[u8]) -> Option<u64> {
+    key.strip_prefix(LETTER_PREFIX)?.try_into().ok().map(u64::from_be_bytes)
 }
 
 /// Begin of the state keys of the records of a pass.
@@ -431,10 +444,7 @@ pub struct Marks {
 impl Marks {
     /// From the dead letters' state below [`MARK_PREFIX`].
     pub fn read(state: &StateEntries) -> Self {
-        let own = |(key, value): &(Vec<u8>, Vec<u8>)| {
-            let offset = key.strip_prefix(LETTER_PREFIX)?.try_into().ok().map(u64::from_be_bytes)?;
-            Some((offset, Mark::read(value)))
-        };
+        let own = |(key, value): &(Vec<u8>, Vec<u8>)| Some((letter_of(key)?, Mark::read(value)));
         let sent = Runs::of_records(records(state));
         Self { own: state.iter().filter_map(own).collect(), sent, reasons: Reasons::read(state) }
     }

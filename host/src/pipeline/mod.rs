@@ -19,12 +19,14 @@
 //! doubles: `host/decisions/delivery-order.md` and `through-a-stream.md`.
 
 use std::collections::BTreeSet;
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use crate::batch::Offset;
 use crate::hints::Hint;
 use crate::sinks::stream::Target;
 use crate::sinks::{Begin, Name, Sink};
@@ -44,6 +46,7 @@ mod delivery;
 mod destinations;
 mod discard;
 mod forget_marks;
+mod former_redrives;
 mod gone;
 mod held;
 mod known;
@@ -237,33 +240,53 @@ impl Redriver {
         Ok(())
     }
 
-    /// Goes on with a redrive that ended with the last process, until all is sent or the pipeline
-    /// stops. Not to be dropped while it has borrowed a sink: the sink's delivery drains with it.
+    /// Continues the redrives that ended with the last process, and those of 0.1.0, until all is sent or the
+    /// pipeline stops. Not to be dropped while it has borrowed a sink: the sink's delivery drains with it.
     async fn resume(self: Arc<Self>) {
+        let mut from = Some(Offset(0));
+        while let Some(begin) = from {
+            let taken_over = {
+                let _between = self.epochs.lock().await;
+                let names = self.shared.letters.names();
+                former_redrives::take_over(&self.dead_letters, names, begin).await
+            };
+            from = taken_over.unwrap_or_else(|error| {
+                self.say_not_resumed(&error.to_string());
+                None
+            });
+            if self.send_pending().await.is_break() {
+                return;
+            }
+        }
+    }
+
+    /// Returns `Break` if the pipeline stops.
+    async fn send_pending(&self) -> ControlFlow<()> {
         let name = &self.shared.name;
         let names = &self.shared.letters.names().pipelines;
         let mut attempt = 0;
         while again::is_pending(&*self.dead_letters, names) {
             if self.stopping.run_until_cancelled(self.boards.has_chain()).await.is_none() {
-                return;
+                return ControlFlow::Break(());
             }
             match self.redrive(None).await {
                 // What is pending now waits for a sink that the pipeline does not have.
                 Ok(summary) if summary.failed.is_empty() => {
                     let Ended { sent, refused, .. } = summary.letters;
                     tracing::info!(pipeline = %name, sent, refused, "finished the redrive of dead letters that the last run left");
-                    return;
+                    return ControlFlow::Continue(());
                 }
                 Ok(summary) => self.say_not_resumed(&summary.failed.join("; ")),
-                Err(RedriveError::Stopping) => return,
+                Err(RedriveError::Stopping) => return ControlFlow::Break(()),
                 Err(error) => self.say_not_resumed(&error.to_string()),
             }
             let pause = tokio::time::sleep(self.shared.config.sink_backoff.delay(attempt));
             if self.stopping.run_until_cancelled(pause).await.is_none() {
-                return;
+                return ControlFlow::Break(());
             }
             attempt += 1;
         }
+        ControlFlow::Continue(())
     }
 
     fn say_not_resumed(&self, reason: &str) {

@@ -5,11 +5,13 @@ use std::time::Duration;
 use super::harness::{Act, World, chain, counting, published, sorted, step, text};
 use crate::batch::Offset;
 use crate::pipeline::again::is_pending;
-use crate::pipeline::dead_letters::KEYS_MAX;
+use crate::pipeline::dead_letters::{KEYS_MAX, new_message};
+use crate::pipeline::marks::mark_key;
 use crate::pipeline::{Ended, Filter, MARK_PREFIX, RedriveError, State, list_open};
+use crate::properties::{self, Origin};
 use crate::sinks::Begin;
 use crate::sinks::memory::Fault;
-use crate::stream::OnLag;
+use crate::stream::{OnLag, Read, StateChange};
 use crate::units::Period;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -195,6 +197,63 @@ async fn a_redrive_that_ends_with_its_process_goes_on_at_the_next_start() {
     world.database("w").refuse(|_| None);
     process.handle.redrive(&Filter::default()).await.unwrap();
     assert_eq!(sorted(world.payloads("w")), published(3, 20));
+    process.stop().await;
+}
+
+/// What a redrive of 0.1.0 writes before it sends anything: for each of these letters a copy with an empty mark.
+async fn copy_as_the_first_version(world: &World, letters: &[Offset]) {
+    let mut cursor = world.dead.cursor(Offset(0));
+    let end = world.dead.bounds().end;
+    while cursor.position() < end {
+        let Some(Read::Batch(batch)) = cursor.try_next().await.unwrap() else { continue };
+        for message in batch.messages().filter(|message| letters.contains(&message.offset())) {
+            let mut properties = message.properties().to_vec();
+            let letter = message.offset().0.to_string();
+            properties::push(&mut properties, Origin::Pipeline, "dead-letter-redrive", letter.as_bytes());
+            let copy = new_message(&message, &properties, world.dead.identity().partitions);
+            let (key, value) = (mark_key(message.offset()), Some(&[][..]));
+            world.dead.append(&[copy], &[StateChange { key: &key, value }]).unwrap();
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn letters_that_a_redrive_of_the_first_version_copied_and_did_not_send_are_sent_once() {
+    let world = World::new(1, &[("default", "w other")]);
+    for sink in ["w", "other"] {
+        world.database(sink).refuse(|_| Some("no column".to_owned()));
+    }
+    let process = world.start(chain(1, &[])).await;
+    world.publish_many(2, 0, 10);
+    process.drained().await;
+    process.stop().await;
+    let letters = list_open(&*world.dead, None).await.unwrap();
+    assert_eq!(letters.len(), 20);
+    world.database("w").refuse(|_| None);
+    world.database("other").refuse(|message| text(message).ends_with(":4").then(|| "still".to_owned()));
+    let is_unknown =
+        |at: usize| world.dead.state(&mark_key(letters[at])).iter().any(|(_, mark)| mark.is_empty());
+    for (part, sink) in [(0..7, "other"), (7..20, "w")] {
+        copy_as_the_first_version(&world, &letters[part.clone()]).await;
+        // One of the sinks is down for a while.
+        world.database(sink).fail_commits([Fault::Retry("down".to_owned())]);
+        let process = world.start(chain(1, &[])).await;
+        let is_over = || !is_pending(&*world.dead, &["p".to_owned()]) && !part.clone().any(is_unknown);
+        process.until("the redrive has ended", |_| is_over()).await;
+        process.stop().await;
+    }
+    // As a start finds it if the positions in the sinks survived a crash, and what the marks say did not.
+    let is_sent =
+        |at: &Offset| !world.dead.state(&mark_key(*at)).iter().any(|(_, mark)| mark.starts_with(b"open"));
+    for letter in letters.iter().filter(|letter| is_sent(letter)) {
+        world.dead.append(&[], &[StateChange { key: &mark_key(*letter), value: Some(&[]) }]).unwrap();
+    }
+    let process = world.start(chain(1, &[])).await;
+    process.until("the redrive has ended", |_| !(0..20).any(is_unknown)).await;
+    assert_eq!(process.handle.redrive(&Filter::default()).await.unwrap().sent, 0);
+    assert_eq!(sorted(world.payloads("w")), published(2, 10));
+    assert_eq!(world.payloads("other").len(), 9);
+    assert_eq!(world.open_letters("other").await, [("d0:4".to_owned(), "other".to_owned())]);
     process.stop().await;
 }
 
