@@ -1,5 +1,5 @@
 #!/bin/sh
-# PostgreSQL, PgBouncer, InfluxDB 1, mosquitto (broker and clients), SQLite's shell, Python with venv, Node.js: Debian packages.
+# PostgreSQL, PgBouncer, InfluxDB 1, mosquitto (broker and clients), SQLite's shell, Python with venv, Node.js, xz: Debian packages.
 # No service is started or needed: tests start private servers on random ports.
 set -eu
 
@@ -26,6 +26,7 @@ python_venv || missing="$missing python3-venv"
 command -v node >/dev/null || missing="$missing nodejs"
 command -v npm >/dev/null || missing="$missing npm"
 command -v setpriv >/dev/null || missing="$missing util-linux"
+command -v xz >/dev/null || missing="$missing xz-utils"
 [ -z "$missing" ] && exit 0
 
 if ! command -v apt-get >/dev/null || [ "$(id -u)" != 0 ]; then
