@@ -19,6 +19,7 @@ mod config;
 mod connection;
 mod copies;
 mod fanout;
+mod filter_map;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod handshake;

@@ -9,7 +9,7 @@
 //! behind can never be taken for the new one's; orphans are removed at start.
 //! What waits for the client is [`outbound`]'s, with keys of the same epoch.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
@@ -21,6 +21,7 @@ use super::activity::Activity;
 use super::blobs::Id;
 use super::clients::Connected;
 use super::fanout::{Departure, FoundRecords, FoundShare, RECORDS_AT_ONCE};
+use super::filter_map::FilterMap;
 use super::lock_order::{Locked, Rank, in_order};
 use super::open_ids::{Content, Known, OpenIds, OpenIdsRoom, Received};
 use super::outbound::{self, FilterPage, Ids, Kept, Message, Outbox};
@@ -95,7 +96,7 @@ struct State {
     record_due: bool,
     /// End of the last connection in broker time.
     disconnected_us: u64,
-    filters: BTreeMap<Box<str>, Options>,
+    filters: FilterMap<Options>,
     filter_sums: FilterSums,
     /// The filters' part of the memory of all subscriptions.
     memory: Holding,
@@ -274,22 +275,24 @@ impl Session {
     }
 
     pub fn filter_list(&self) -> Vec<Box<str>> {
-        self.state().filters.keys().cloned().collect()
+        let mut filters: Vec<_> = self.state().filters.filters().map(Into::into).collect();
+        filters.sort_unstable();
+        filters
     }
 
     /// Returns the filters of the shared subscriptions.
     pub fn shares(&self) -> Vec<Box<str>> {
-        self.state().filters.keys().filter(|filter| is_shared(filter)).cloned().collect()
+        self.state().filters.filters().filter(|filter| is_shared(filter)).map(Into::into).collect()
     }
 
     pub fn has_filter(&self, filter: &str) -> bool {
-        self.state().filters.contains_key(filter)
+        self.state().filters.contains(filter)
     }
 
     /// Adds a filter or changes its options. Returns whether this was a change.
     pub fn add_filter(&self, filter: &str, options: Options) -> bool {
         let mut state = self.state();
-        let before = state.filters.insert(filter.into(), options);
+        let before = state.filters.insert(filter, options);
         if before.is_none() {
             state.filter_sums.add(filter);
             state.count();
@@ -936,7 +939,7 @@ async fn discard(broker: &Broker, session: &Arc<Session>) {
         state.count();
         (epoch, filters)
     };
-    let filters: Vec<Box<str>> = filters.into_keys().collect();
+    let filters: Vec<Box<str>> = filters.filters().map(Into::into).collect();
     broker.live.forget(session, &filters);
     broker.live.pass_on(broker, session, Departure::Session).await;
     let lost = session.outbox().take_lost();
@@ -988,7 +991,7 @@ fn forget_ids(broker: &Broker, epoch: u64, received: &[(u16, Received)]) {
 impl State {
     /// Returns the keys of the durable record and the subscriptions.
     fn keys(&self, client_id: &str) -> Vec<Vec<u8>> {
-        let filters = self.filters.keys().map(|filter| subscription_key(self.epoch, filter));
+        let filters = self.filters.filters().map(|filter| subscription_key(self.epoch, filter));
         [key(SESSION, client_id.as_bytes())].into_iter().chain(filters).collect()
     }
 

@@ -305,6 +305,10 @@ impl<S> Tree<S> {
             *known = subscriber;
             return false;
         }
+        // Most filters of devices have one subscriber.
+        if subscribers.is_empty() {
+            subscribers.reserve_exact(1);
+        }
         subscribers.push(subscriber);
         true
     }

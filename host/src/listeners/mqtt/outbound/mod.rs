@@ -73,6 +73,8 @@ pub struct Outbox {
     again: Option<Box<Again>>,
     /// Retained messages for its new subscriptions. Boxed, because many clients have no subscriptions.
     retained: Option<Box<Deliveries>>,
+    /// Number of the newest subscription for which retained messages are, or were, to be delivered.
+    last_retained: u64,
     /// The identifiers of the last message that had several.
     last_ids: Option<Arc<Box<[u32]>>>,
     /// Messages of a persistent session that found no room or waited too long, and that are not reported
@@ -547,6 +549,7 @@ impl Outbox {
             self.retain(|queued| queued.qos > 0);
         }
         self.retained.iter_mut().for_each(|retained| retained.disconnected());
+        self.free_retained();
         self.last_ids = None;
         if self.kept.is_some() {
             let mut queue = self.queue.iter_mut();
@@ -720,6 +723,7 @@ impl Outbox {
     /// Records that the note was accepted.
     pub fn noted(&mut self) {
         self.retained.iter_mut().for_each(|retained| retained.noted());
+        self.free_retained();
         self.kept.iter_mut().for_each(|kept| kept.note_refused = false);
     }
 

@@ -27,7 +27,6 @@ pub(super) struct Deliveries {
     open: VecDeque<Delivery>,
     /// Deliveries that ended since their record was written.
     ended: Vec<(Box<str>, Options)>,
-    last_number: u64,
     /// Bytes of the messages in pages.
     bytes: usize,
 }
@@ -162,7 +161,7 @@ impl Outbox {
     pub fn give_retained(&mut self, filter: &Filter, options: Options, from: RetainedFrom) {
         self.end_retained(filter.as_str());
         let lookup = Some(Lookup::new(filter.topics(), None));
-        self.deliveries().push(filter, options, from, None, lookup, VecDeque::new());
+        self.deliver(filter, options, from, None, lookup, VecDeque::new());
         self.changed();
     }
 
@@ -174,7 +173,7 @@ impl Outbox {
             Found { key: Box::default(), queued: Queued::whole(source, 0, options, since_us) }
         });
         let from = RetainedFrom { since_us, upto: Box::default() };
-        self.deliveries().push(filter, options, from, None, None, page.collect());
+        self.deliver(filter, options, from, None, None, page.collect());
         self.count_retained();
     }
 
@@ -184,11 +183,29 @@ impl Outbox {
         let from = RetainedFrom { since_us: u64::from_be_bytes(*since), upto: Box::default() };
         let taken = std::str::from_utf8(taken).ok().filter(|taken| !taken.is_empty());
         let lookup = Some(Lookup::new(filter.topics(), taken));
-        self.deliveries().push(filter, options, from, taken.map(Into::into), lookup, VecDeque::new());
+        self.deliver(filter, options, from, taken.map(Into::into), lookup, VecDeque::new());
     }
 
-    fn deliveries(&mut self) -> &mut Deliveries {
-        self.retained.get_or_insert_default()
+    fn deliver(
+        &mut self,
+        filter: &Filter,
+        options: Options,
+        from: RetainedFrom,
+        taken: Option<Box<str>>,
+        lookup: Option<Lookup>,
+        page: VecDeque<Found>,
+    ) {
+        self.last_retained += 1;
+        let (number, filter) = (self.last_retained, filter.clone());
+        let changed = lookup.is_some();
+        let delivery = Delivery { number, filter, options, from, taken, lookup, page, changed };
+        self.retained.get_or_insert_default().open.push_back(delivery);
+    }
+
+    /// Frees the memory of deliveries once all have ended and are recorded: most clients subscribe once and
+    /// then wait for months.
+    pub(super) fn free_retained(&mut self) {
+        self.retained.take_if(|retained| retained.open.is_empty() && retained.ended.is_empty());
     }
 
     /// Changes the options of a delivery, for a repeated subscription that requests no retained
@@ -211,6 +228,7 @@ impl Outbox {
         retained.open.retain(|delivery| delivery.filter.as_str() != filter);
         retained.ended.retain(|(ended, _)| &**ended != filter);
         self.count_retained();
+        self.free_retained();
     }
 
     fn changed(&mut self) {
@@ -238,7 +256,7 @@ impl Outbox {
     /// Returns the number of the newest subscription for which retained messages are, or were, to be
     /// delivered.
     pub fn last_retained(&self) -> u64 {
-        self.retained.as_ref().map_or(0, |retained| retained.last_number)
+        self.last_retained
     }
 
     /// Returns the first page of the next subscription after number `behind`, unless a page of messages
@@ -296,6 +314,7 @@ impl Outbox {
                 kept.changed = true;
             }
         }
+        self.free_retained();
     }
 
     pub(super) fn keep_only_retained(&mut self, may_see: impl Fn(&str) -> bool) {
@@ -309,21 +328,6 @@ impl Outbox {
 }
 
 impl Deliveries {
-    fn push(
-        &mut self,
-        filter: &Filter,
-        options: Options,
-        from: RetainedFrom,
-        taken: Option<Box<str>>,
-        lookup: Option<Lookup>,
-        page: VecDeque<Found>,
-    ) {
-        self.last_number += 1;
-        let (number, filter) = (self.last_number, filter.clone());
-        let changed = lookup.is_some();
-        self.open.push_back(Delivery { number, filter, options, from, taken, lookup, page, changed });
-    }
-
     /// Returns the bytes of messages that were looked up and wait.
     pub fn bytes(&self) -> usize {
         self.bytes

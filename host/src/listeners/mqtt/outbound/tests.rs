@@ -12,6 +12,7 @@ use super::*;
 use crate::access::Verdict;
 use crate::listeners::mqtt::aliases::Aliases;
 use crate::listeners::mqtt::clock::{self, Clock};
+use crate::listeners::mqtt::retained::Retained;
 use crate::listeners::mqtt::subscriptions::{Filter, Options};
 use crate::listeners::mqtt::wire::{self, Version};
 use crate::properties::{self, Origin};
@@ -952,4 +953,20 @@ fn a_note_made_while_a_member_passes_messages_on_lists_them_until_the_others_hav
         session.crash();
         assert_eq!(session.offsets(), [3, 6, 7, 8, 9]);
     }
+}
+
+/// Most clients subscribe once, and then wait for months.
+#[test]
+fn a_subscription_takes_no_memory_for_retained_messages_once_all_are_delivered_and_recorded() {
+    let mut session = Durable::new();
+    let (filter, from) = (Filter::parse("t/#").unwrap(), RetainedFrom { since_us: 0, upto: Box::new([0]) });
+    session.outbox.give_retained(&filter, Options::default(), from);
+    let mut page = session.outbox.wants_page().unwrap();
+    page.look(&Retained::default(), "client", &clock(), usize::MAX);
+    session.outbox.retained_found(page, &Retained::default());
+    assert!(session.outbox.retained.is_some(), "its record says that they are still to be delivered");
+    assert!(!session.outbox.note(&[0], usize::MAX).is_empty());
+    session.outbox.noted();
+    assert!(session.outbox.retained.is_none());
+    assert_eq!(session.outbox.last_retained(), 1, "numbers go on");
 }
