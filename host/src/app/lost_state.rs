@@ -1,5 +1,5 @@
 //! What a start did without that no counter of messages tells of: changes of a stream's state, what the
-//! disk did not give, and the whole folder of the dead letters.
+//! disk did not give, and the whole folder of the dead letters or of the broker.
 
 use std::path::Path;
 
@@ -11,8 +11,12 @@ use crate::telemetry::Standing;
 
 /// Returns what a person has to know of the start of a stream in `dir`.
 pub fn of(dir: &Path, name: &str, recovery: &Recovery) -> Vec<Standing> {
-    let lost_letters = (name == DEAD_LETTERS && recovery.created).then(|| lost_letters(dir)).flatten();
-    damaged(dir, name, recovery).into_iter().chain(lost_letters).collect()
+    let lost = match name {
+        DEAD_LETTERS if recovery.created => lost_letters(dir),
+        BROKER if recovery.created => lost_broker(dir),
+        _ => None,
+    };
+    damaged(dir, name, recovery).into_iter().chain(lost).collect()
 }
 
 /// Returns what a person has to know where a start made the folder of the dead letters, and a host ran in
@@ -31,6 +35,28 @@ fn lost_letters(dir: &Path) -> Option<Standing> {
         ),
         advice: "where the folder was moved, or its disk is not mounted, stop the host and put it back; where it was \
                  removed to begin anew, nothing is to be done: the next start does not say it again"
+            .to_owned(),
+    })
+}
+
+/// Returns what a person has to know where a start made the folder of the broker, and a host ran in this
+/// data folder before. The dead letters tell, which each start opens before the broker's stream: they were
+/// opened by an earlier start too.
+fn lost_broker(dir: &Path) -> Option<Standing> {
+    let of_letters = dir.parent()?.join(DEAD_LETTERS);
+    let ran_before = ReadOnly::open(&of_letters, Offset(0)).openings().is_ok_and(|openings| openings > 1);
+    ran_before.then(|| Standing {
+        part: format!("stream {BROKER}"),
+        kind: "other_log",
+        cause: format!(
+            "a host ran in this data folder before, and {} was not there or was empty at this start, which made it \
+             anew: persistent sessions with their subscriptions and the messages that waited for them, retained \
+             messages and delayed wills are gone",
+            dir.display()
+        ),
+        advice: "where the folder was moved, or its disk is not mounted, stop the host and put it back; otherwise \
+                 connect clients with persistent sessions again, so that they subscribe, and publish retained messages \
+                 again; the next start does not say it again"
             .to_owned(),
     })
 }
@@ -100,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn a_start_without_the_folder_of_the_dead_letters_is_told_once_and_a_first_start_is_not() {
+    fn a_start_without_the_folder_of_the_dead_letters_or_the_broker_is_told_once_and_a_first_start_is_not() {
         let data = tempfile::tempdir().expect("makes");
         let (segment_bytes, reserve_bytes) = (ByteSize::kib(64), ByteSize(0));
         let config = Config { segment_bytes, reserve_bytes, ..Config::default() };
@@ -114,15 +140,16 @@ mod tests {
         let start = || [open("telemetry"), open(DEAD_LETTERS), open(BROKER)].concat();
         assert_eq!(start(), []);
         assert_eq!(start(), []);
-        let folder = data.path().join(DEAD_LETTERS);
-        for is_made_again in [false, true] {
+        let cases = [(DEAD_LETTERS, false), (DEAD_LETTERS, true), (BROKER, false), (BROKER, true)];
+        for (name, is_made_again) in cases {
+            let folder = data.path().join(name);
             std::fs::remove_dir_all(&folder).expect("removes");
             if is_made_again {
                 std::fs::create_dir(&folder).expect("makes");
             }
             let told = start();
             let [fault] = &told[..] else { panic!("{told:?}") };
-            assert_eq!((&*fault.part, fault.kind), ("stream dead-letters", "other_log"));
+            assert_eq!((fault.part.clone(), fault.kind), (format!("stream {name}"), "other_log"));
             assert!(fault.cause.contains(&folder.display().to_string()), "{}", fault.cause);
             assert_eq!(start(), [], "the next does not say it");
         }

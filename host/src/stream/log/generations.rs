@@ -19,7 +19,7 @@ use super::segment;
 use crate::batch::Offset;
 use crate::stream::Opening;
 
-const NAME: &str = "STREAM";
+pub const NAME: &str = "STREAM";
 pub const TEMPORARY: &str = "STREAM.tmp";
 const BYTES_MAX: u64 = 1 << 20;
 

@@ -13,9 +13,9 @@ use super::clock::{Clock, Source};
 use super::commit::{CommitError, Writer};
 use super::disk::{Create, Disk, File, SlowDisk, SyncSite, Uninterrupted, is_full, parent};
 use super::generations::{self, Metadata};
-use super::recover::{self, OpenError, Recovery, Replayed, Segment};
+use super::recover::{self, Known, OpenError, Recovery, Replayed, Segment, Segments};
 use super::tail::Tail;
-use super::unreadable::Salvaging;
+use super::unreadable::{Salvaging, is_unreadable};
 use super::{Back, Inner, lock, measure, read, retain, segment, write};
 use crate::batch::Offset;
 use crate::stream::{Config, GapCause, Identity, Opening, Ticket};
@@ -49,8 +49,21 @@ pub fn open(
     }
 
     let salvaging = Salvaging::new(&*disk);
-    let (mut metadata, mut segments) = metadata(&salvaging, dir, config, &mut recovery)?;
-    let replayed = recover::replay(&salvaging, dir, &segments, metadata.closed.take()).map_err(io_error)?;
+    let (mut metadata, Segments { all: mut segments, left_out }) =
+        metadata(&salvaging, dir, config, &mut recovery)?;
+    if let Some(left_out) = &left_out {
+        let path = dir.join(segment::name(left_out.sequence));
+        // What the disk does not give reads as zeros, and may be frames.
+        if metadata.closed.is_none() && salvaging.given_up(&path).has_any() {
+            return Err(OpenError::Unreadable { path: path.display().to_string() });
+        }
+    }
+    let opened_at = metadata.openings.last().map_or(0, |(_, first)| *first);
+    let known = Known { closed: metadata.closed, opened_at, left_out };
+    if known.left_out.is_none() {
+        metadata.closed = None;
+    }
+    let replayed = recover::replay(&salvaging, dir, &segments, &known).map_err(io_error)?;
     recovery.unread = salvaging.take_unread();
     for segment in &mut segments {
         segment.given_up = salvaging.given_up(&dir.join(segment::name(segment.header.sequence)));
@@ -82,9 +95,14 @@ fn metadata(
     dir: &Path,
     config: &Config,
     recovery: &mut Recovery,
-) -> Result<(Metadata, Vec<Segment>), OpenError> {
+) -> Result<(Metadata, Segments), OpenError> {
     let io_error = |error| OpenError::Io { dir: dir.display().to_string(), error };
+    let mut unread = None;
     let stored = match generations::read(disk, dir) {
+        Err(error) if is_unreadable(&error) => {
+            unread = Some(error);
+            None
+        }
         Err(error) if error.kind() == io::ErrorKind::InvalidData => {
             tracing::error!(dir = %dir.display(), %error, "the stream's metadata is damaged, read from its segments");
             recovery.metadata_rebuilt = true;
@@ -93,7 +111,16 @@ fn metadata(
         other => other.map_err(io_error)?,
     };
     let segments = recover::segments(disk, dir, stored.as_ref())?;
-    let mut metadata = match (stored, segments.last()) {
+    if let Some(error) = unread {
+        let path = dir.join(generations::NAME).display().to_string();
+        if segments.all.is_empty() {
+            return Err(OpenError::Metadata { path, error });
+        }
+        tracing::error!(file = path, %error,
+            "the disk does not give the stream's metadata, which is read from its segments: replace the disk; messages \
+             that it lost at the end of the log are not told");
+    }
+    let mut metadata = match (stored, segments.all.last()) {
         (Some(stored), _) => stored,
         (None, Some(newest)) => {
             recovery.metadata_rebuilt = true;
@@ -104,7 +131,7 @@ fn metadata(
             Metadata::new(Uuid::new_v4(), GENERATION, config.partitions, 0)
         }
     };
-    let newest_epoch = segments.iter().map(|s| s.header.epoch).max().unwrap_or(0);
+    let newest_epoch = segments.all.iter().map(|s| s.header.epoch).max().unwrap_or(0);
     metadata.epoch = metadata.epoch.max(newest_epoch) + 1;
     let stored = metadata.current().map_or(0, |generation| generation.partitions);
     if stored != config.partitions {
@@ -167,7 +194,7 @@ fn build(
         at: replayed.proven_at,
         len: replayed.proven_at,
         salt: 0,
-        segment: last.map_or(0, |last| last.header.sequence),
+        segment: replayed.newest,
         epoch: metadata.epoch,
         next_frame: replayed.first_frame,
         durable_frames: replayed.first_frame,
@@ -240,13 +267,7 @@ impl Inner {
     fn begin(&self, replayed: &Replayed) -> io::Result<()> {
         // Each opening: a crash may have come between the folder and this.
         self.disk.sync_dir(&parent(&self.dir), SyncSite::Folder)?;
-        match generations::write(&*self.disk, &self.dir, &self.metadata) {
-            // The old one stays: epoch and opening are in the segments too.
-            Err(error) if is_full(&error) && !self.metadata.is_new() => {
-                let _ = self.disk.remove(&self.dir.join(generations::TEMPORARY));
-            }
-            other => other?,
-        }
+        self.write_metadata(&self.metadata)?;
         let mut writer = lock(&self.writer);
         match self.roll(&mut writer, 0, &replayed.unproven) {
             Ok(()) => self.opened(),
@@ -257,6 +278,17 @@ impl Inner {
             }
             Err(CommitError::NoSpace(lack)) => Err(io::Error::other(lack.to_string())),
             Err(CommitError::Failed(_, error)) => Err(error),
+        }
+    }
+
+    fn write_metadata(&self, metadata: &Metadata) -> io::Result<()> {
+        match generations::write(&*self.disk, &self.dir, metadata) {
+            // The old one stays: epoch and opening are in the segments too.
+            Err(error) if is_full(&error) && !metadata.is_new() => {
+                let _ = self.disk.remove(&self.dir.join(generations::TEMPORARY));
+                Ok(())
+            }
+            other => other,
         }
     }
 
@@ -298,6 +330,11 @@ impl Inner {
     /// The segment of this opening is there.
     fn opened(&self) -> io::Result<()> {
         self.remove_replaced()?;
+        // Until now it said where the log ended whose newest segment is left out: a crash before this line
+        // leaves a log that can be opened again.
+        if self.metadata.closed.is_some() {
+            self.write_metadata(&Metadata { closed: None, ..self.metadata.clone() })?;
+        }
         self.opening.store(false, Ordering::Relaxed);
         self.may_use_reserve.store(self.use_reserve_while_running, Ordering::Relaxed);
         self.fill_reserve();

@@ -15,7 +15,7 @@ use super::clock;
 use super::disk::{Create, Disk, RealDisk, Uninterrupted};
 use super::frame::flags;
 use super::generations;
-use super::recover::{self, OpenError};
+use super::recover::{self, Known, OpenError};
 use super::retain::{Mark, begin_now, delivered_to, marks};
 use super::scan::{Place, Scan, Step};
 use super::segment;
@@ -117,7 +117,8 @@ impl ReadOnly {
     /// Returns the append time of `ago`; 0 if it is not known. The host that writes the log measures
     /// more exactly.
     fn append_time(&self, wall_us: u64, ago: Duration) -> u64 {
-        let replay = |segments: Vec<_>| recover::replay(&*self.disk, &self.dir, &segments, None).ok();
+        let replay =
+            |segments: Vec<_>| recover::replay(&*self.disk, &self.dir, &segments, &Known::default()).ok();
         let Some(replayed) = self.segments().ok().and_then(replay) else { return 0 };
         let now_us = wall_us.max(replayed.clock_us);
         if !clock::is_set(now_us) {
@@ -156,6 +157,11 @@ impl ReadOnly {
         Ok(metadata.and_then(|metadata| metadata.current().map(|generation| generation.partitions)))
     }
 
+    /// Returns how often the log was opened for writing.
+    pub fn openings(&self) -> io::Result<u64> {
+        Ok(generations::read(&*self.disk, &self.dir)?.map_or(0, |metadata| metadata.epoch))
+    }
+
     /// Returns what the log remembers about its readers; `None` if it was never opened for writing.
     pub fn remembered(&self) -> Result<Option<Remembered>, OpenError> {
         let failed = |error| self.io_error(error);
@@ -165,7 +171,8 @@ impl ReadOnly {
         let Some(current) = metadata.current() else { return Ok(None) };
         let identity =
             Identity { log: metadata.log, generation: current.generation, partitions: current.partitions };
-        let replayed = recover::replay(&*self.disk, &self.dir, &self.segments()?, None).map_err(failed)?;
+        let replayed =
+            recover::replay(&*self.disk, &self.dir, &self.segments()?, &Known::default()).map_err(failed)?;
         let marks = marks(&replayed.state);
         Ok(Some(Remembered { identity, bounds: self.bounds()?, marks }))
     }
@@ -215,7 +222,7 @@ impl ReadOnly {
     pub fn state(&self, prefix: &[u8]) -> Result<StateEntries, OpenError> {
         let prefix = state::key(USERS, prefix);
         for _ in 0..LOOKS_MAX {
-            match recover::replay(&*self.disk, &self.dir, &self.segments()?, None) {
+            match recover::replay(&*self.disk, &self.dir, &self.segments()?, &Known::default()) {
                 Ok(replayed) => {
                     let entries = replayed.state.range(&prefix);
                     return Ok(entries.map(|(key, value)| (key[1..].to_vec(), value.to_vec())).collect());
@@ -292,7 +299,7 @@ impl ReadOnly {
 
     fn segments(&self) -> Result<Vec<recover::Segment>, OpenError> {
         let known = generations::read(&*self.disk, &self.dir).map_err(|error| self.io_error(error))?;
-        recover::segments(&*self.disk, &self.dir, known.as_ref())
+        Ok(recover::segments(&*self.disk, &self.dir, known.as_ref())?.all)
     }
 
     fn io_error(&self, error: io::Error) -> OpenError {

@@ -25,6 +25,9 @@ use super::unreadable::{GivenUp, Unread};
 use crate::batch::Offset;
 use crate::stream::Opening;
 
+/// Bytes of a segment that are read at once to learn whether all are zero.
+const ZEROS_AT_ONCE: usize = 256 << 10;
+
 /// What opening found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Recovery {
@@ -80,22 +83,44 @@ pub enum OpenError {
     Segment { path: String, cause: segment::Broken },
     #[error("{path} belongs to another log: the folder was mixed with a copy of another")]
     Foreign { path: String },
-    #[error("{path}: header and first frame are both damaged: move the file away to continue without it")]
+    #[error(
+        "{path}: header and first frame of the newest segment are both damaged, and frames may follow them: move the file \
+         away to continue without it"
+    )]
     Unreadable { path: String },
+    #[error("{path}: the stream's metadata cannot be read, and no segment is there to make it from: {error}")]
+    Metadata { path: String, error: io::Error },
     #[error("stream folder {dir}: {error}")]
     Io { dir: String, error: io::Error },
 }
 
-/// All segments of a folder, oldest first. A damaged header is made again from
-/// the segment's first frame. Where that is damaged too, the segment is left out: readers
-/// find a gap there. But not the newest one: nobody would know where the log ended.
-pub fn segments(disk: &dyn Disk, dir: &Path, known: Option<&Metadata>) -> Result<Vec<Segment>, OpenError> {
+/// The newest segment, if header and first frame are both damaged, and the log can go on without it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LeftOut {
+    pub sequence: u64,
+    pub file_len: u64,
+}
+
+/// The segments of a folder.
+#[derive(Debug)]
+pub struct Segments {
+    /// Oldest first.
+    pub all: Vec<Segment>,
+    pub left_out: Option<LeftOut>,
+}
+
+/// Returns the segments of a folder. A damaged header is made again from the segment's first frame. A
+/// segment whose first frame is damaged too is left out, and readers find a gap there. The newest
+/// segment is left out only if the log was closed, so that its end is known, or if no frame can
+/// follow the first one. Otherwise nobody would know where the log ended.
+pub fn segments(disk: &dyn Disk, dir: &Path, known: Option<&Metadata>) -> Result<Segments, OpenError> {
     let io_error = |error| OpenError::Io { dir: dir.display().to_string(), error };
     let mut sequences: Vec<u64> =
         disk.list(dir).map_err(io_error)?.iter().filter_map(|name| segment::sequence_of(name)).collect();
     sequences.sort_unstable();
     let mut found: Vec<Segment> = Vec::with_capacity(sequences.len());
     let newest = sequences.last().copied();
+    let mut left_out = None;
     for sequence in sequences {
         let path = dir.join(segment::name(sequence));
         let shown = || path.display().to_string();
@@ -113,15 +138,24 @@ pub fn segments(disk: &dyn Disk, dir: &Path, known: Option<&Metadata>) -> Result
                 return Err(OpenError::Segment { path: shown(), cause });
             }
             _ => {
-                let known =
+                let of_log =
                     known.cloned().or_else(|| found.last().map(|s| Metadata::from_segment(&s.header)));
-                let header = known.and_then(|known| salvage(&head, sequence, &known));
+                let is_known = of_log.is_some();
+                let header = of_log.and_then(|of_log| salvage(&head, sequence, &of_log));
                 match header {
                     Some(header) => {
                         tracing::error!(segment = %shown(), "the segment's header is damaged, read from its first frame");
                         header
                     }
-                    None if Some(sequence) == newest => return Err(OpenError::Unreadable { path: shown() }),
+                    None if Some(sequence) == newest => {
+                        let is_closed = known.is_some_and(|known| known.closed.is_some());
+                        if !is_known || !is_closed && may_have_frames(&*file).map_err(io_error)? {
+                            return Err(OpenError::Unreadable { path: shown() });
+                        }
+                        let file_len = file.len().map_err(io_error)?;
+                        left_out = Some(LeftOut { sequence, file_len });
+                        continue;
+                    }
                     None => {
                         tracing::error!(segment = %shown(),
                             "header and first frame of the segment are both damaged: its messages are lost; move the \
@@ -139,7 +173,21 @@ pub fn segments(disk: &dyn Disk, dir: &Path, known: Option<&Metadata>) -> Result
         let (landmarks, given_up) = (Landmarks::default(), GivenUp::default());
         found.push(Segment { header, file_len, limit: file_len, landmarks, given_up });
     }
-    Ok(found)
+    Ok(Segments { all: found, left_out })
+}
+
+/// Returns whether a frame may lie behind the header of the first one. Each frame begins with the salt of
+/// its segment, so none does where all bytes are zero.
+fn may_have_frames(file: &dyn File) -> io::Result<bool> {
+    let mut at = FRAMES_AT + frame::HEADER_BYTES as u64;
+    let mut bytes = vec![0; ZEROS_AT_ONCE];
+    loop {
+        match file.read_at(&mut bytes, at)? {
+            0 => return Ok(false),
+            read if bytes[..read].iter().any(|byte| *byte != 0) => return Ok(true),
+            read => at += read as u64,
+        }
+    }
 }
 
 fn salvage(head: &[u8], sequence: u64, known: &Metadata) -> Option<segment::Header> {
@@ -179,6 +227,8 @@ pub struct Replayed {
     pub frames: u64,
     pub clock_us: u64,
     pub previous_crc: u32,
+    /// Sequence of the newest segment, left out or not; 0 if there is none.
+    pub newest: u64,
 }
 
 impl Replayed {
@@ -187,16 +237,53 @@ impl Replayed {
         let saved = self.state.range(&[state::CLOCK]).next();
         saved.and_then(|(_, value)| Timeline::decode(value)).unwrap_or_default()
     }
+
+    /// Goes on at the end that is known, and takes what is missing before it for damage, and a segment
+    /// that was left out.
+    fn end_at_least(&mut self, segments: &[Segment], known: &Known) {
+        let Some(least) = known.end() else { return };
+        let is_short = self.next_offset < least.offset || self.end_frame < least.frames;
+        let (segment, bytes) = match (&known.left_out, segments.last()) {
+            (Some(left_out), _) => (left_out.sequence, 0..left_out.file_len),
+            (None, Some(last)) if is_short => (last.header.sequence, self.proven_at..last.limit),
+            (None, None) if is_short => (0, self.proven_at..0),
+            (None, _) => return,
+        };
+        self.newest = segment.max(self.newest);
+        let offsets = Offset(self.next_offset)..Offset(least.offset.max(self.next_offset));
+        if is_short {
+            // What proves the end proves the frames that lie before it.
+            self.unproven.clear();
+            self.proven_at = self.whole_at;
+            self.torn_bytes = 0;
+            self.next_offset = offsets.end.0;
+            self.first_frame = self.end_frame.max(least.frames);
+        }
+        self.damaged.push(Damage { segment, bytes, offsets });
+    }
 }
 
-/// State from the newest whole checkpoint on, and the end of the log. `closed` is where it
-/// ended when it was last closed: less is damage.
-pub fn replay(
-    disk: &dyn Disk,
-    dir: &Path,
-    segments: &[Segment],
-    closed: Option<Closed>,
-) -> io::Result<Replayed> {
+/// What proves how far the log went, beside its segments.
+#[derive(Default)]
+pub struct Known {
+    /// The end of the log when it was last closed.
+    pub closed: Option<Closed>,
+    /// First offset of the last opening that the metadata has: all before it was in the log.
+    pub opened_at: u64,
+    pub left_out: Option<LeftOut>,
+}
+
+impl Known {
+    /// Returns the least end of the log: less is damage.
+    fn end(&self) -> Option<Closed> {
+        let opened = self.left_out.as_ref().map(|_| Closed { offset: self.opened_at, frames: 0 });
+        self.closed.or(opened)
+    }
+}
+
+/// Returns the state from the newest whole checkpoint on, and the end of the log. What is missing before
+/// the end that is known is damage.
+pub fn replay(disk: &dyn Disk, dir: &Path, segments: &[Segment], known: &Known) -> io::Result<Replayed> {
     let mut replayed = Replayed {
         state: State::default(),
         next_offset: 0,
@@ -210,6 +297,7 @@ pub fn replay(
         frames: 0,
         clock_us: 0,
         previous_crc: 0,
+        newest: segments.last().map_or(0, |last| last.header.sequence),
     };
     let mut first = segments.len().saturating_sub(1);
     while first > 0 && !has_checkpoint(open(disk, dir, &segments[first])?, &segments[first])? {
@@ -217,22 +305,10 @@ pub fn replay(
     }
     for i in first..segments.len() {
         let file = open(disk, dir, &segments[i])?;
-        let durable = closed.map_or(0, |closed| closed.frames);
+        let durable = known.closed.map_or(0, |closed| closed.frames);
         walk(&mut replayed, file, &segments[i], segments.get(i + 1), i == first, durable)?;
     }
-    if let Some(closed) = closed
-        && (replayed.next_offset < closed.offset || replayed.end_frame < closed.frames)
-    {
-        let end = closed.offset.max(replayed.next_offset);
-        replayed.damaged.push(Damage {
-            segment: segments.last().map_or(0, |last| last.header.sequence),
-            bytes: replayed.proven_at..segments.last().map_or(0, |last| last.limit),
-            offsets: Offset(replayed.next_offset)..Offset(end),
-        });
-        replayed.torn_bytes = 0;
-        replayed.next_offset = end;
-        replayed.first_frame = replayed.first_frame.max(closed.frames);
-    }
+    replayed.end_at_least(segments, known);
     Ok(replayed)
 }
 

@@ -230,6 +230,20 @@ impl SimDisk {
         self.world(|w| w.locks.clear());
     }
 
+    /// Returns what is on disk of a file.
+    pub fn content(&self, path: &Path) -> Vec<u8> {
+        self.world(|w| w.files[w.names[path]].seen.clone())
+    }
+
+    /// Replaces what is on disk of a file.
+    pub fn set_content(&self, path: &Path, content: Vec<u8>) {
+        self.world(|w| {
+            let file = w.names[path];
+            w.files[file].durable.clone_from(&content);
+            w.files[file].seen = content;
+        });
+    }
+
     /// Flips a bit of what is on disk.
     pub fn flip(&self, path: &Path, at: usize) {
         self.world(|w| {

@@ -27,9 +27,19 @@ const BLOCK_BYTES: usize = 4_096;
 /// Bytes of one read that may be missing.
 const PATCHED_MAX: usize = 64 << 10;
 
-/// Whether an error says that the disk cannot give what is in a file.
+/// Returns whether an error says that the disk cannot give what is in a file.
 pub fn is_unreadable(error: &io::Error) -> bool {
+    let named = error.get_ref().and_then(|inner| inner.downcast_ref::<Named>());
+    let error = named.map_or(error, |named| &named.error);
     matches!(error.raw_os_error(), Some(libc::EIO | libc::EBADMSG | libc::EUCLEAN))
+}
+
+/// An error of a file.
+#[derive(Debug, thiserror::Error)]
+#[error("{}: {error}", .path.display())]
+struct Named {
+    path: PathBuf,
+    error: io::Error,
 }
 
 /// Returns the pause after so many tries.
@@ -63,6 +73,11 @@ impl GivenUp {
     /// Returns whether the block was not given up before.
     fn add(&self, block: u64) -> bool {
         lock(&self.0.blocks).insert(block)
+    }
+
+    /// Returns whether any block was given up.
+    pub fn has_any(&self) -> bool {
+        !lock(&self.0.blocks).is_empty()
     }
 
     /// Returns whether the whole file was given up, for it is not there.
@@ -241,7 +256,7 @@ fn named(path: &Path) -> impl Fn(io::Error) -> io::Error {
     move |error| match error.kind() {
         // Told apart by who opens it.
         io::ErrorKind::NotFound => error,
-        kind => io::Error::new(kind, format!("{}: {error}", path.display())),
+        kind => io::Error::new(kind, Named { path: path.to_owned(), error }),
     }
 }
 

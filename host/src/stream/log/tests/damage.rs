@@ -58,7 +58,7 @@ fn a_torn_tail_is_cut_and_is_no_damage() {
     let path = path.with_file_name(segment::name(2));
     let limit = {
         let file = disk.open(&path, disk::Create::ReadOnly).unwrap();
-        let segments = recover::segments(&disk, Path::new(DIR), None).unwrap();
+        let segments = recover::segments(&disk, Path::new(DIR), None).unwrap().all;
         let mut scan = scan::Scan::new(file, &segments[1].header, segments[1].file_len);
         let mut last = 0;
         while let scan::Step::Frame { at, .. } = scan.next().unwrap() {
@@ -248,7 +248,7 @@ fn written_segments() -> (SimDisk, Arc<AtomicU64>, Vec<recover::Segment>) {
     }
     log.inner.seal();
     disk.restart_process();
-    let segments = recover::segments(&disk, Path::new(DIR), None).unwrap();
+    let segments = recover::segments(&disk, Path::new(DIR), None).unwrap().all;
     assert!(segments.len() > 3, "{}", segments.len());
     (disk, clock, segments)
 }
@@ -294,10 +294,115 @@ fn a_segment_whose_header_and_first_frame_the_disk_does_not_give_costs_its_own_m
         assert_eq!((read.len(), lost(&read)), (12, offsets(&segments, at)), "segment {at}");
         assert_eq!(log.append(&[message("a/b", b"x")], &[]).unwrap().first, Offset(12));
     }
-    // Nobody knows how far the newest went.
+    // The log was closed, so that its end is known.
     disk.break_reads(&path_of(newest), 0..4_200, u32::MAX);
+    let (log, recovery) = manual(&disk, &small(), &clock).unwrap();
+    let read = all(&log);
+    let own = offsets(&segments, older.len());
+    assert_eq!((read.len(), lost(&read)), (12, own.clone()));
+    let [damage] = &recovery.damaged[..] else { panic!("{recovery:?}") };
+    assert_eq!(damage.segment, newest.header.sequence);
+    assert_eq!(damage.offsets, Offset(own[0])..Offset(12));
+    assert_eq!(log.append(&[message("a/b", b"x")], &[]).unwrap().first, Offset(12));
+}
+
+/// The same, opened once more and killed before it appended anything; and the file of its newest segment.
+fn written_and_killed() -> (SimDisk, Arc<AtomicU64>, PathBuf) {
+    let (disk, clock, segments) = written_segments();
+    manual(&disk, &small(), &clock).unwrap();
+    disk.restart_process();
+    let path = Path::new(DIR).join(segment::name(segments.last().unwrap().header.sequence + 1));
+    (disk, clock, path)
+}
+
+#[test]
+fn a_newest_segment_in_which_no_frame_can_be_is_left_out_and_named() {
+    let (disk, clock, path) = written_and_killed();
+    let whole = disk.content(&path);
+    // What is left of the header, and of the frame behind it, in bytes.
+    let torn_headers = (0..128).map(|at| (at, 0));
+    let torn_frames = (0..frame::HEADER_BYTES).map(|at| (0, at));
+    for (of_header, of_frame) in torn_headers.chain(torn_frames) {
+        let mut torn = vec![0; whole.len()];
+        torn[..of_header].copy_from_slice(&whole[..of_header]);
+        let frame = segment::FRAMES_AT as usize..segment::FRAMES_AT as usize + of_frame;
+        torn[frame.clone()].copy_from_slice(&whole[frame]);
+        for torn in [torn.clone(), torn[..of_header].to_vec()] {
+            let disk = disk.fork();
+            disk.set_content(&path, torn.clone());
+            let what =
+                format!("{of_header} bytes of the header, {of_frame} of the frame, {} in all", torn.len());
+            let (log, recovery) = manual(&disk, &small(), &clock).unwrap_or_else(|e| panic!("{what}: {e}"));
+            let [damage] = &recovery.damaged[..] else { panic!("{what}: {recovery:?}") };
+            assert_eq!(
+                (damage.bytes.clone(), &damage.offsets),
+                (0..torn.len() as u64, &(Offset(12)..Offset(12)))
+            );
+            let read = all(&log);
+            assert_eq!((read.len(), lost(&read)), (12, Vec::new()), "{what}");
+            assert_eq!(log.append(&[message("a/b", &payload(12, 9))], &[]).unwrap().first, Offset(12));
+            commit(&log).unwrap();
+            log.inner.seal();
+            drop(log);
+            disk.restart_process();
+            let (log, recovery) = manual(&disk, &small(), &clock).unwrap();
+            assert_eq!((all(&log).len(), &recovery.damaged[..]), (13, &[][..]), "{what}");
+            assert_eq!(disk.content(&path), torn, "a person can look at the file");
+        }
+    }
+}
+
+#[test]
+fn a_newest_segment_that_may_have_frames_is_not_left_out_of_a_log_that_was_not_closed() {
+    let (disk, clock, segments) = written_segments();
+    let (log, _) = manual(&disk, &small(), &clock).unwrap();
+    let path = Path::new(DIR).join(segment::name(segments.last().unwrap().header.sequence + 1));
+    log.append(&[message("a/b", &payload(12, 9))], &[]).unwrap();
+    commit(&log).unwrap();
+    drop(log);
+    disk.restart_process();
+    let mut damaged = disk.content(&path);
+    damaged[..segment::FRAMES_AT as usize + 8].fill(0);
+    disk.set_content(&path, damaged);
     let error = manual(&disk, &small(), &clock).err().unwrap().to_string();
-    assert!(error.contains(&path_of(newest).display().to_string()), "{error}");
+    assert!(error.contains(&path.display().to_string()), "{error}");
+}
+
+#[test]
+fn a_log_without_any_segment_goes_on_behind_what_its_last_opening_found() {
+    let (disk, clock, path) = written_and_killed();
+    let zeros = vec![0; disk.content(&path).len()];
+    disk.set_content(&path, zeros);
+    for name in disk::Disk::list(&disk, Path::new(DIR)).unwrap() {
+        let other = Path::new(DIR).join(&name);
+        if segment::sequence_of(&name).is_some() && other != path {
+            disk::Disk::remove(&disk, &other).unwrap();
+        }
+    }
+    let (log, recovery) = manual(&disk, &small(), &clock).unwrap();
+    assert_eq!(recovery.damaged[0].offsets, Offset(0)..Offset(12));
+    assert_eq!(
+        log.append(&[message("a/b", b"x")], &[]).unwrap().first,
+        Offset(12),
+        "no offset is used twice"
+    );
+}
+
+#[test]
+fn metadata_that_the_disk_does_not_give_is_made_again_from_the_segments_if_there_are_any() {
+    let (disk, clock, path) = written();
+    let metadata = path.with_file_name("STREAM");
+    let lost = disk.fork();
+    disk.break_reads(&metadata, 0..usize::MAX, u32::MAX);
+    let (log, recovery) = manual(&disk, &small(), &clock).unwrap();
+    assert!(recovery.metadata_rebuilt && !recovery.created);
+    assert_eq!(all(&log).len(), 24);
+    assert_eq!(log.append(&[message("a/b", b"x")], &[]).unwrap().first, Offset(24));
+    // Without segments it would become another log.
+    disk::Disk::remove(&lost, &path).unwrap();
+    lost.break_reads(&metadata, 0..usize::MAX, u32::MAX);
+    let error = manual(&lost, &small(), &clock).err().unwrap().to_string();
+    assert!(error.contains(&metadata.display().to_string()), "{error}");
 }
 
 #[test]
