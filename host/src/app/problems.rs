@@ -238,7 +238,7 @@ impl Host {
         let open = lock(&self.watch.open_letters).clone();
         for (pipeline, open) in open {
             let problem = dead_letters(&pipeline, &open, &self.hints);
-            self.began(&problem, open.oldest_us);
+            self.began(&problem, open.since_us);
             found.push(problem);
         }
         found.extend(self.standing_problems());
@@ -903,7 +903,7 @@ mod tests {
     #[test]
     fn a_fleet_that_is_rejected_now_is_told_beside_an_old_letter() {
         let newest = "no column \"a\"".to_owned();
-        let open = OpenCount { letters: 1_001, recent: 0, newest, possible_duplicates: 0, oldest_us: 0 };
+        let open = OpenCount { letters: 1_001, recent: 0, newest, possible_duplicates: 0, since_us: 0 };
         let cause = |open: &OpenCount| dead_letters("p", open, &Hints::default()).cause;
         assert_eq!(cause(&open), "1001 messages are dead letters: rejected, and not sent again");
         let now = "; 1000 within the last hour, the newest: no column \"a\"";

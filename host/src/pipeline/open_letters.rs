@@ -17,7 +17,7 @@ use crate::stream::{GapCause, Read, ReadError, Stream, Ticket};
 const CLOSED: u16 = 1 << 15;
 /// Letters appended within this age together.
 const AGE_US: u64 = 1_000_000;
-/// A letter is a recent one for an hour.
+/// A letter is a recent one for an hour. A run of rejections is over after an hour without one.
 const RECENT_US: u64 = 3_600 * 1_000_000;
 /// Characters of a reason that are kept.
 const REASON_CHARS_MAX: usize = 200;
@@ -42,8 +42,8 @@ struct Pipeline {
     name: String,
     open: u64,
     possible_duplicates: u64,
-    /// No letter below this offset is open.
-    oldest: u64,
+    /// When the newest run of rejections began: microseconds since 1970, UTC.
+    run_us: u64,
     /// Reason of the newest letter, shortened.
     newest: String,
 }
@@ -58,8 +58,9 @@ pub struct Open {
     pub newest: String,
     /// Those among them that another copy of the data folder may have sent.
     pub possible_duplicates: u64,
-    /// When the oldest of them was appended, to the second: microseconds since 1970, UTC.
-    pub oldest_us: u64,
+    /// When the run of rejections began that the newest of them belongs to, to the second: microseconds
+    /// since 1970, UTC. No hour of a run is without an open letter.
+    pub since_us: u64,
 }
 
 impl OpenLetters {
@@ -84,14 +85,18 @@ impl OpenLetters {
             self.read_on().await?;
             self.mark();
             self.looked_at = Some(now);
+            self.find_runs();
         }
+        let first = self.first;
         self.forget_below(start.0);
         while let Some((end, append_us)) = self.ages.front().copied()
             && self.dead_letters.is_past_age(append_us)
         {
             self.forget_below(end);
         }
-        self.find_oldest();
+        if self.first > first {
+            self.find_runs();
+        }
         let recent = self.count_recent(now_us().saturating_sub(RECENT_US));
         let open = self.pipelines.iter().zip(recent).filter(|(pipeline, _)| pipeline.open > 0);
         Ok(open.map(|(pipeline, recent)| (pipeline.name.clone(), self.open_of(pipeline, recent))).collect())
@@ -117,8 +122,6 @@ impl OpenLetters {
     }
 
     fn open_of(&self, pipeline: &Pipeline, recent: u64) -> Open {
-        let age = self.ages.partition_point(|(end, _)| *end <= pipeline.oldest);
-        let oldest_us = self.ages.get(age).map_or(0, |(_, append_us)| *append_us);
         // Some of them may have gone since the marks were read.
         let possible_duplicates = pipeline.possible_duplicates.min(pipeline.open);
         Open {
@@ -126,16 +129,25 @@ impl OpenLetters {
             recent,
             newest: pipeline.newest.clone(),
             possible_duplicates,
-            oldest_us,
+            since_us: pipeline.run_us,
         }
     }
 
-    fn find_oldest(&mut self) {
-        for (number, pipeline) in self.pipelines.iter_mut().enumerate().filter(|(_, one)| one.open > 0) {
-            let from = pipeline.oldest.max(self.first);
-            let rest = self.letters.range((from - self.first) as usize..);
-            let passed = rest.take_while(|word| usize::from(**word) != number + 1).count();
-            pipeline.oldest = from + passed as u64;
+    /// Finds for each pipeline when its newest run of rejections began.
+    fn find_runs(&mut self) {
+        // Append time of the last open letter, by pipeline.
+        let mut last_us: Vec<Option<u64>> = vec![None; self.pipelines.len()];
+        let mut from = self.first;
+        for &(end, append_us) in &self.ages {
+            let words = from.saturating_sub(self.first) as usize..end.saturating_sub(self.first) as usize;
+            for word in self.letters.range(words).filter(|word| **word != 0 && **word & CLOSED == 0) {
+                let number = usize::from(*word) - 1;
+                let last_us = last_us[number].replace(append_us);
+                if last_us.is_none_or(|last_us| append_us.saturating_sub(last_us) > RECENT_US) {
+                    self.pipelines[number].run_us = append_us;
+                }
+            }
+            from = end;
         }
     }
 
@@ -221,10 +233,6 @@ impl OpenLetters {
             if before != 0 && is_closed != was_closed {
                 *word ^= CLOSED;
                 self.count(before, was_closed);
-                if was_closed {
-                    let oldest = &mut self.pipelines[usize::from(before) - 1].oldest;
-                    *oldest = offset.min(*oldest);
-                }
             }
         }
     }
@@ -265,7 +273,7 @@ impl OpenLetters {
                 name: name.to_owned(),
                 open: 0,
                 possible_duplicates: 0,
-                oldest: 0,
+                run_us: 0,
                 newest: String::new(),
             });
             self.pipelines.len() - 1
@@ -286,6 +294,7 @@ mod tests {
     use super::*;
     use crate::pipeline::Filter;
     use crate::pipeline::tests::harness::{World, chain};
+    use crate::stream::memory::MemoryStream;
 
     async fn count(letters: &mut OpenLetters) -> u64 {
         letters.look().await.unwrap().get("p").map_or(0, |open| open.letters)
@@ -332,7 +341,7 @@ mod tests {
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn letters_that_go_before_they_are_read_are_counted_and_the_oldest_open_one_is_known() {
+    async fn letters_that_go_before_they_are_read_are_counted_and_since_when_others_are_rejected_is_known() {
         let world = World::new(1, &[("default", "w")]);
         world.database("w").refuse(|_| Some("no column".to_owned()));
         let process = world.start(chain(1, &[])).await;
@@ -340,12 +349,37 @@ mod tests {
         world.publish_many(1, 0, 20);
         process.drained().await;
         world.dead_memory.trim(Offset(8));
-        let oldest = |letters: &BTreeMap<String, Open>| letters["p"].oldest_us;
+        let since = |letters: &BTreeMap<String, Open>| letters["p"].since_us;
         let first = letters.look().await.unwrap();
         assert_eq!(first["p"].letters, 12);
         assert_eq!(letters.take_gone(), BTreeMap::from([(String::new(), 8)]));
         let appended = world.dead_memory.append_time(Offset(8));
-        assert_eq!(oldest(&first).div_euclid(AGE_US), appended.div_euclid(AGE_US));
+        assert_eq!(since(&first).div_euclid(AGE_US), appended.div_euclid(AGE_US));
         process.stop().await;
+    }
+
+    /// Letters of last month that somebody keeps are no sign that messages are rejected since last month.
+    #[test]
+    fn a_run_of_rejections_begins_after_an_hour_in_which_no_letter_came_that_is_open() {
+        let hour = RECENT_US;
+        let since = |words: &[u16], hours: &[u64]| {
+            let mut letters = OpenLetters::new(MemoryStream::with_hooks("dead-letters", 1));
+            let numbers = [letters.number_of("p"), letters.number_of("q")];
+            assert_eq!(numbers, [0, 1]);
+            letters.letters = words.iter().copied().collect();
+            letters.ages = (1..).zip(hours.iter().map(|hours| hours * hour / 2)).collect();
+            letters.find_runs();
+            letters.pipelines.iter().map(|pipeline| pipeline.run_us / (hour / 2)).collect::<Vec<_>>()
+        };
+        let (p, q, is_closed) = (1, 2, CLOSED);
+        assert_eq!(since(&[p, p, p], &[10, 12, 14]), [10, 0], "never an hour without one");
+        assert_eq!(since(&[p, p, p], &[10, 1_000, 1_001]), [1_000, 0], "the first is kept");
+        assert_eq!(
+            since(&[p, q, p, q], &[10, 1_000, 1_001, 1_002]),
+            [1_001, 1_000],
+            "each pipeline has its own"
+        );
+        assert_eq!(since(&[p, p | is_closed, p], &[10, 12, 14]), [14, 0], "the one between them was sent");
+        assert_eq!(since(&[p, p | is_closed], &[10, 1_000]), [10, 0], "only the old one is left");
     }
 }
