@@ -74,9 +74,11 @@ fn fits(filter: &Filter, pipeline: Option<&str>, names: &SinkNames, letter: &Let
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
     use super::*;
-    use crate::pipeline::OpenLetters;
-    use crate::pipeline::tests::harness::{Act, World, chain, step};
+    use crate::pipeline::tests::harness::{Act, World, chain, sorted, step, text};
+    use crate::pipeline::{OpenLetters, list_open};
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn a_letter_that_is_discarded_is_no_problem_and_is_not_sent_also_after_a_restart() {
@@ -145,5 +147,79 @@ mod tests {
         assert_eq!(process.handle.redrive(&Filter::default()).await.unwrap().sent, 0);
         assert_eq!((world.payloads("w").len(), world.payloads("other").len()), (3, 0));
         process.stop().await;
+    }
+
+    /// A step makes two messages of one, and a sink or another step rejects both: each has a letter of its own.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn letters_of_one_message_are_decided_apart_whichever_is_first_and_over_restarts() {
+        for case in 0..8 {
+            let [discards_first, restarts, by_step] = [1, 2, 4].map(|bit| case & bit != 0);
+            let world = World::new(1, &[("default", "w")]);
+            let is_broken = Arc::new(AtomicBool::new(true));
+            let steps = || {
+                let n = Arc::new(AtomicUsize::new(0));
+                let numbered = step("number", move |message, _| {
+                    Act::Payload(format!("{} {}", text(message), n.fetch_add(1, Ordering::Relaxed) % 2))
+                });
+                let is_broken = Arc::clone(&is_broken);
+                let check = step("check", move |_, _| match by_step && is_broken.load(Ordering::Acquire) {
+                    true => Act::Refuse("no".to_owned()),
+                    false => Act::Pass,
+                });
+                chain(1, &[step("split", |_, _| Act::Times(2)), numbered, check])
+            };
+            let refuses = Arc::clone(&is_broken);
+            world.database("w").refuse(move |_| {
+                (!by_step && refuses.load(Ordering::Acquire)).then(|| "no column".to_owned())
+            });
+            let mut process = world.start(steps()).await;
+            world.publish_many(1, 0, 3);
+            process.drained().await;
+            let open = || async { list_open(&*world.dead, Some("p")).await.unwrap() };
+            let letters = open().await;
+            assert_eq!(letters.len(), 6);
+            is_broken.store(false, Ordering::Release);
+            // Of the first message one letter is sent and the other discarded; of the second one is sent.
+            let decide = [(letters[0], true), (letters[1], false), (letters[3], true)];
+            let mut decide = decide.to_vec();
+            if discards_first {
+                decide.swap(0, 1);
+            }
+            for (number, (letter, is_sent)) in decide.into_iter().enumerate() {
+                let filter = Filter { ids: Some(vec![letter]), ..Filter::default() };
+                if is_sent {
+                    assert_eq!(process.handle.redrive(&filter).await.unwrap().sent, 1);
+                } else {
+                    let discarded = loop {
+                        match process.handle.discard(&filter, None).await.unwrap() {
+                            Some(discarded) => break discarded,
+                            None => process.looked_after().await,
+                        }
+                    };
+                    assert_eq!(discarded, 1);
+                }
+                assert_eq!(open().await.len(), 5 - number, "letter {letter:?} alone is decided");
+                if restarts {
+                    process.stop().await;
+                    process = world.start(steps()).await;
+                    process.until("steps", |status| status.chain.is_some()).await;
+                    assert_eq!(open().await.len(), 5 - number, "after a restart");
+                }
+            }
+            assert_eq!(open().await, [letters[2], letters[4], letters[5]]);
+            let mut counted = OpenLetters::new(Arc::clone(&world.dead));
+            assert_eq!(counted.look().await.unwrap()["p"].letters, 3);
+            assert_eq!(process.handle.redrive(&Filter::default()).await.unwrap().sent, 3);
+            assert_eq!(process.handle.redrive(&Filter::default()).await.unwrap().sent, 0);
+            let rows = ["d0:0 0", "d0:1 0", "d0:1 1", "d0:2 0", "d0:2 1"];
+            assert_eq!(sorted(world.payloads("w")), rows, "all but the discarded one, each once");
+            // Nor does the pipeline write it, which reads the message again where it restarts.
+            process.stop().await;
+            let process = world.start(steps()).await;
+            world.publish_many(1, 3, 1);
+            process.drained().await;
+            assert_eq!(world.payloads("w").len(), rows.len() + 2);
+            process.stop().await;
+        }
     }
 }
