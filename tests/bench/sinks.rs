@@ -29,7 +29,7 @@ const PER_PUBLISHER: u64 = 25_000;
 const MESSAGES: u64 = PUBLISHERS as u64 * PER_PUBLISHER;
 /// Between two looks at what the host has written: 50 of them cost it less than one message in a thousand.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
-/// Without the last row after so long something hangs.
+/// Time after which the last row must be there. Otherwise something hangs.
 const WRITTEN_MAX: Duration = Duration::from_secs(180);
 const OPEN_LOOP: Duration = Duration::from_secs(5);
 const OPEN_LOOP_MESSAGES_PER_S: f64 = 2_000.0;

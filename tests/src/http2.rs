@@ -18,7 +18,7 @@ use crate::process::Process;
 /// Only a hung test meets it.
 const HUNG_AFTER: Duration = Duration::from_secs(120);
 
-/// What a request was answered with.
+/// The answer to a request.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
 #[serde(rename_all = "camelCase")]
 pub struct Answer {
@@ -179,7 +179,7 @@ impl Frames {
             let found = self.read()?;
             let is_ack = matches!(found.kind, SETTINGS | PING) && found.flags & ACK != 0;
             if found.kind == SETTINGS && !is_ack {
-                // Where the connection has ended, what is read next says why.
+                // If the connection has ended, the next read returns the reason.
                 let _ = self.send(&frame(SETTINGS, ACK, 0, &[]));
             }
             if found.kind == kind && !is_ack {

@@ -29,7 +29,7 @@ pub struct Shared {
     connection: Mutex<Option<Arc<http2::Client>>>,
 }
 
-/// What a request was answered with, after so many new connections.
+/// The answer to a request, and the number of connections that were made for it.
 struct Posted {
     status: u16,
     answer: String,

@@ -397,7 +397,7 @@ fn the_second_config_of_the_readme_routes_alerts_and_writes_no_row_again() {
     send(&host, "sensor-2", 50);
     send(&host, "sensor-3", 20);
     let alerts = host.folder.join("data/alerts.db");
-    // Of the three messages the steps drop one.
+    // The steps drop one of the three messages.
     telemetry::read_behind_steps(&host, &rows, 2);
     telemetry::read_behind_steps(&host, &alerts, 2);
     assert_eq!(telemetry::sqlite_count(&rows, "telemetry"), 2, "sensors 1 and 3, once each");

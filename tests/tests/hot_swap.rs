@@ -89,7 +89,7 @@ fn each_message_has_one_table_though_a_sink_lags_through_changes_and_a_crash() {
 
 #[test]
 fn a_sink_that_lags_delays_no_change_of_the_steps_and_gets_what_the_steps_of_each_moment_made() {
-    // More than the versions of steps that are kept for sinks that read the source.
+    // More changes than versions of the steps are kept for sinks that read the source.
     const CHANGES: u64 = 12;
     let mut host = Host::prepare("swap-lags", CONFIG);
     host.drop_plugin("10-normalize.wasm", prebuilt("normalize"));

@@ -174,7 +174,7 @@ fn passwords_certificates_and_rules_hold_as_for_mqtt_and_who_is_refused_is_liste
     let (ca, cert, key) = (text(&ca.ca), text(&device.cert), text(&device.key));
     let secure = |topic: &str| format!("https://localhost:{}/messages/{topic}", host.http(1).port());
     let shown = ["--cacert", ca, "--cert", cert, "--key", key, "-d", "1"];
-    // The best that both know, HTTP/1.1 where the client offers that alone or nothing.
+    // The newest version that both support is used, and HTTP/1.1 for a client that does not offer HTTP/2.
     for (offered, wanted) in
         [("--http2", "HTTP/2 204"), ("--http1.1", "HTTP/1.1 204"), ("--no-alpn", "HTTP/1.1 204")]
     {
@@ -406,7 +406,7 @@ fn new_certificates_are_taken_and_a_revoked_one_counts_no_longer_on_an_open_conn
     let said = host.log().len();
     ca.revoke(&host.folder, &[7]);
     host.says_past(said, taken);
-    // Its connection has proved a certificate that nobody vouches for any more.
+    // The connection of this client was made with a certificate that is revoked now.
     assert!(matches!(post(&open), Ok(401 | 403)), "{:?}", post(&open));
     assert_eq!(post(&open_too).ok(), Some(204));
     let certs = ["--cacert", text(&ca.ca), "--cert", text(&device.cert), "--key", text(&device.key)];
@@ -471,7 +471,7 @@ fn at_shutdown_a_connection_is_told_to_go_away() {
     host.process().signal(rustix::process::Signal::TERM);
     let told = client.find(http2::GOAWAY).expect("GOAWAY");
     assert_eq!(http2::reason(&told), 0);
-    // By this ping it learns that the client knows, and takes no more.
+    // The answer to this PING tells the host that the client has seen GOAWAY. The host takes no request after it.
     let ping = client.find(http2::PING).expect("a ping");
     client.send(&frame(http2::PING, http2::ACK, 0, &ping.payload)).expect("the host reads");
     client.find(http2::GOAWAY).expect("the last request that is answered");

@@ -57,7 +57,7 @@ fn a_client_that_resets_its_requests_over_and_over_is_sent_away() {
             });
             said.expect("its connection ends");
         }
-        // Slower: each is looked at before it is reset.
+        // The client resets each stream only after the host has read its request, which is slower.
         let mut client = Frames::open(addr, &[], HUNG_AFTER).expect("a connection");
         let ended = (0..20_000).any(|_| {
             let stream = client.next_stream();

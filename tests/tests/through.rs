@@ -122,7 +122,7 @@ fn await_influxdb(host: &Host, server: &Influxdb, name: &str) {
         let marked = rows.iter().filter(|(device, _)| device.starts_with(&prefix)).count();
         (marked == usize::from(PARTITIONS)).then_some(())
     };
-    // The sink's position is written there once the points are.
+    // The position of the InfluxDB sink is written to the broker's stream after the points were written.
     Events::of_files([host.folder.join("data/broker")]).until("InfluxDB has all", PATIENCE, all);
 }
 
@@ -330,7 +330,7 @@ fn sinks_that_a_pipeline_gets_and_loses_between_kills_have_each_message_once() {
             three.postgres.kill();
             acks_go_on(&publishers, 50);
         }
-        // One sink, then all three and two of them, then any.
+        // The first round has one sink, the second all three and two of them. Later rounds have any.
         let number = if round < 2 { round } else { moments.below(of_rounds.len() as u64) };
         three.set_sinks(of_rounds[number as usize]);
         three.restart_host(&address);

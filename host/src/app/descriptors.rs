@@ -146,7 +146,7 @@ mod tests {
             )
         };
         let one = needs(&sinks(1));
-        // The stream between the steps and the sinks.
+        // A pipeline with several sinks has a stream between its steps and its sinks.
         assert_eq!(needs(&sinks(40)), one + 39 * PER_SINK + PER_STREAM);
         let more = sinks(1) + "streams: { a: { topics: [a/#] }, b: { topics: [b/#] }, telemetry: {} }\n";
         assert_eq!(needs(&more), one + 2 * PER_STREAM);

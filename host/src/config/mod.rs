@@ -133,7 +133,7 @@ impl Config {
                 Some((self.out_stream(name, pipeline)?, own))
             });
             let new: Vec<_> = outs.filter(|(name, _)| !self.streams.contains_key(name)).collect();
-            // Another pipeline may read one of them.
+            // Another pipeline may read the stream that a pipeline writes, so this is repeated until none is new.
             if new.is_empty() {
                 return;
             }

@@ -116,12 +116,12 @@ impl StatePositions {
         look(&|prefix| self.stream.state(prefix))
     }
 
-    /// As [`super::Sink::positions_of`].
+    /// Returns the positions that [`super::Sink::positions_of`] describes.
     pub fn positions_of(&self, names: &[Name], logs: &[Uuid]) -> Vec<LogPosition> {
         self.look(|entries| positions_of(entries, names, logs))
     }
 
-    /// As [`super::Sink::passes_of`].
+    /// Returns the positions that [`super::Sink::passes_of`] describes.
     pub fn passes_of(&self, names: &[Name], log: Uuid, above: Offset) -> Vec<PassPosition> {
         self.look(|entries| passes_of(entries, names, log, above))
     }
@@ -212,7 +212,7 @@ fn read(entries: StateEntries) -> BTreeMap<Id, Kept> {
             Part::Taken => {}
             Part::Next => kept.next = value.first_chunk().map(|next| u64::from_le_bytes(*next)),
             Part::Openings => kept.openings = Some(String::from_utf8_lossy(&value).into_owned()),
-            // In the order of the chunks, which is that of the keys.
+            // Chunks come in their order, because it is that of the keys.
             Part::Letters => kept.letters.get_or_insert_default().extend(value),
         }
     }
@@ -322,7 +322,7 @@ fn found(entries: Entries<'_>, claim: &Claim, store: Store<'_>) -> Found {
     }
     match store {
         Store::Stream { has_rows } => Found { has_rows, others, other_logs: newest_first(other_logs) },
-        // A store that is told rows by their log keeps those of other logs apart.
+        // A store whose rows name their log keeps the rows of other logs separate.
         Store::Named(_) => Found { has_rows: !others.is_empty(), others, ..Found::default() },
     }
 }
@@ -366,7 +366,7 @@ pub fn take(
         let left = entries(&from).into_iter().filter(is_position).map(|(key, _)| (key, None));
         changes.extend(left);
         changes.extend(former::removed(entries, claim, &name));
-        // So that nobody goes on under the old name.
+        // The higher epoch prevents another process from continuing under the old name.
         let epoch = old.highest().map_or(0, |highest| highest.epoch) + 1;
         let target = old.taken.as_ref().map(|taken| taken.target.clone()).unwrap_or_default();
         let holder = claim.renamed(&holder);

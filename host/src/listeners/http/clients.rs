@@ -60,7 +60,7 @@ impl Clients {
     ) -> Result<MutexGuard<'s, Option<Client>>, Refusal> {
         let mut client = slot.client.lock().await;
         if !client.as_ref().is_some_and(Client::holds) {
-            // What it was let in as before counts no longer.
+            // The client is checked again, as if it had not been admitted before.
             *client = None;
             let is_first = !self.has_admitted.load(Ordering::Acquire);
             *client = Some(Client::admit(http, &slot.shown, remote, is_first).await?);

@@ -21,7 +21,7 @@ use crate::access::Allowance;
 use crate::hints::Hint;
 use crate::listeners::transport::{Io, Place, Remote};
 
-/// What TLS calls HTTP/1.1 (RFC 7301, 6).
+/// Name of HTTP/1.1 in the ALPN extension of TLS (RFC 7301, 6).
 pub const ALPN: &[u8] = b"http/1.1";
 /// Headers of one request.
 pub const HEADERS_MAX: usize = 64;
@@ -103,9 +103,9 @@ async fn run<I: Io>(connection: &Arc<Connection>, io: I) {
         let over = async {
             match (ends_at, end_at) {
                 (Some(until), _) => sleep_until(until).await,
-                // A request that comes meanwhile may have the connection end sooner.
+                // A request that arrives during this sleep may set an earlier end of the connection.
                 (None, Some(until)) => sleep_until(until.min(Instant::now() + config.idle_timeout.0)).await,
-                // It is looked at again once the requests are answered.
+                // The end of the connection is computed again once the requests are answered.
                 (None, None) => tokio::time::sleep(LOOK_EVERY.min(config.idle_timeout.0)).await,
             }
         };

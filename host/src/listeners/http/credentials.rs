@@ -114,7 +114,7 @@ impl Client {
             let refusal = denied("connect_rate", StatusCode::TOO_MANY_REQUESTS, reason, false);
             return Err(refusal.retry(RETRY_AFTER));
         }
-        // TLS has looked at it when the connection began, which may be long ago.
+        // TLS checked the certificate when the connection began, which may be long ago.
         let is_over = |until: Instant| until <= Instant::now();
         if remote.proof().is_some_and(|proof| !proof.holds() || proof.valid_until().is_some_and(is_over)) {
             let reason = "the certificate of this connection is revoked or has expired: connect anew";

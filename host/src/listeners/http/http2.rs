@@ -21,7 +21,7 @@ use super::answer::{RETRY_AFTER, Refusal};
 use super::connection::HEAD_BYTES_MAX;
 use crate::listeners::permits::FREE_BYTES;
 
-/// What TLS calls it (RFC 9113, 3.2).
+/// Name of HTTP/2 in the ALPN extension of TLS (RFC 9113, 3.2).
 pub const ALPN: &[u8] = b"h2";
 /// Bytes of one request's body that are not read yet: the protocol's initial window, so that no client
 /// may send more before it has our settings.
@@ -37,7 +37,7 @@ const RESET_UNSEEN_MAX: usize = 20;
 const RESET_BY_ERRORS_MAX: usize = 64;
 /// A client that sends nothing for so long is asked whether it is there.
 const PING_AFTER: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 20 });
-/// It answers within this, or its connection ends.
+/// Time within which a client must answer a PING. Otherwise its connection ends.
 const PONG_WAIT_MAX: Duration = Duration::from_secs(if cfg!(test) { 5 } else { 20 });
 /// The budget of windows counts these.
 const WINDOW_UNIT_BYTES: usize = 1 << 10;

@@ -93,7 +93,7 @@ impl Connection {
             let refusal = Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "stopping", "the host is stopping");
             return Err(refusal.retry(RETRY_AFTER_LONG));
         }
-        // The reader of an HTTP/1.1 head has counted them already.
+        // The headers of an HTTP/1.1 request were counted when they were read. Those of HTTP/2 were not.
         if head.headers.len() > HEADERS_MAX {
             let reason = format!("more than {HEADERS_MAX} headers");
             return Err(Refusal::new(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "header", reason));

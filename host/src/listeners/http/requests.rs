@@ -27,7 +27,7 @@ pub struct Requests {
 struct State {
     /// Requests whose answers are not sent yet.
     open: usize,
-    /// Those of them that have come whole and are not answered.
+    /// Open requests that were received completely and are not answered.
     whole: usize,
     has_asked: bool,
     /// When the last one ended, or the connection began.
@@ -48,7 +48,7 @@ pub struct Open {
 enum OpenState {
     Asked,
     Answered,
-    /// With the number of an answer that has a body.
+    /// The answer has a body that is not sent yet. The number is that of the answer.
     Unsent(u64),
 }
 

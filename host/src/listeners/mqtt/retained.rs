@@ -44,7 +44,7 @@ impl Kept {
         self.publisher.as_deref() == Some(client_id)
     }
 
-    /// For the bound in bytes.
+    /// Returns the bytes that count towards the bound of all retained messages.
     fn len(&self) -> usize {
         self.message.len() + self.publisher.as_ref().map_or(0, |publisher| publisher.len())
     }

@@ -97,7 +97,7 @@ pub struct Session {
 pub struct Stage {
     pub copy: Statement,
     pub isolate: Statement,
-    /// Of its temporary tables.
+    /// Keeps the temporary tables of this connection young.
     #[cfg_attr(not(test), expect(dead_code, reason = "it is held"))]
     keeper: Keeper,
 }

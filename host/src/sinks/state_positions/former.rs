@@ -35,7 +35,7 @@ pub fn read(entries: StateEntries) -> BTreeMap<Id, Kept> {
                 let kept = claims.entry(id).or_default();
                 kept.taken = Some(Taken { epoch, holder, at: None, target: String::new() });
             }
-            // In the order of the chunks, which is that of the keys.
+            // Chunks come in their order, because it is that of the keys.
             Some((id, Some(partition))) => chunks.entry((id, partition)).or_default().extend(value),
             None => {}
         }

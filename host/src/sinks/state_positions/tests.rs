@@ -115,7 +115,7 @@ async fn claims_of_the_former_form_are_told_and_not_taken() {
     let of_another_log = Claim { log: Uuid::from_u128(0xbeef), ..claim() };
     FormerWriter::new(&stream, &other, 1).position(0, 5, "", None);
     FormerWriter::new(&stream, &of_another_log, 1).position(0, 6, "", None);
-    // Claimed, and nothing was ever moved.
+    // This sink has a claim and no position.
     FormerWriter::new(&stream, &Claim { pipeline: "idle".to_owned(), ..claim() }, 1);
     let before = stream.state(former::PREFIX);
     let (mut sink, opened) = opened(&stream, &claim()).await;

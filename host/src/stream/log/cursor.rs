@@ -296,7 +296,7 @@ impl DiskReader {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {
                     return match self.inner.has(header.sequence) {
                         true => self.read_missing(&path, &given_up, end, error),
-                        // Trimmed meanwhile.
+                        // Retention removed the segment meanwhile.
                         false => Ok(Vec::new()),
                     };
                 }

@@ -95,7 +95,7 @@ pub(crate) struct Inner {
     failures: Failures,
 
     front: Mutex<append::Front>,
-    /// With `front`: wakes the committer.
+    /// Wakes the committer. It is used together with `front`.
     wake: Condvar,
     writer: Mutex<commit::Writer>,
     /// The active segment and its file, for callers that must not wait for the committer.
@@ -116,7 +116,7 @@ pub(crate) struct Inner {
     /// Permits one round at a time. True if a removal still has to be synced.
     trimming: Mutex<bool>,
     wanted: Mutex<retain::Wanted>,
-    /// With `wanted`: wakes the keeper.
+    /// Wakes the keeper. It is used together with `wanted`.
     keeper: Condvar,
 
     /// The durable ticket; `None` once the log has stopped.

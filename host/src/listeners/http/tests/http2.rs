@@ -139,13 +139,13 @@ async fn a_body_that_comes_slowly_or_waits_for_room_holds_up_no_other_request() 
     let host = Host::start(Streams::new(vec![], stream.clone()), change).await;
     let client = Client::of(&host).await;
     let large = ("content-length", "262144");
-    // It has all the room for bodies, and sends no more of its own for now.
+    // This request takes all the room for bodies, and sends no more of its body for now.
     let (rest, body) = open_body(&[1; 5_000]);
     let slow = tokio::spawn(client.send_body("/messages/slow", &[large], body));
     while !host.handle.http.bodies.is_taken() {
         tokio::task::yield_now().await;
     }
-    // These wait for room, with as much as the windows of all clients take.
+    // These requests wait for room. Their bodies are as large as the windows of all clients together.
     let waiting: Vec<_> =
         (0..4).map(|_| tokio::spawn(client.send("/messages/waits", &[], &[2; 60 << 10]))).collect();
     while host.handle.http.bodies.waiting() < 4 {
@@ -179,7 +179,7 @@ async fn past_the_bound_of_all_requests_a_further_one_is_told_to_come_again() {
     appended(&stream, most as u64).await;
     let refused = client.send_body("/messages/a", &[], BoxBody::new(Full::from("1"))).await.unwrap();
     assert_eq!((refused.status().as_u16(), &refused.headers()["retry-after"]), (429, &"1".parse().unwrap()));
-    // The first of a connection is always taken.
+    // The first request of a connection is never refused.
     let other = Client::of(&host).await;
     let others = tokio::spawn(other.send("/messages/b", &[], b"1"));
     let answers = committing(&stream, future::join_all(open)).await;
@@ -286,7 +286,7 @@ async fn a_client_that_begins_a_request_and_stops_loses_its_connection() {
     let host = Host::start(Streams::new(vec![], stream.clone()), change).await;
     let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
     let settings = [0, 0, 0, 4, 0, 0, 0, 0, 0];
-    // HEADERS of which more is to come, of the methods POST and no more.
+    // A HEADERS frame without END_HEADERS that contains the method POST and nothing else.
     let head = [0, 0, 1, 1, 0, 0, 0, 0, 1, 0x83];
     for sent in [
         &preface[..10],
@@ -297,7 +297,7 @@ async fn a_client_that_begins_a_request_and_stops_loses_its_connection() {
         let mut raw = TcpStream::connect(host.address).await.unwrap();
         raw.write_all(sent).await.unwrap();
         let mut told = Vec::new();
-        // Closed or reset: the host has not read all that was sent.
+        // The connection may be closed or reset, because the host has not read all that was sent.
         let _ = timeout(HUNG_AFTER, raw.read_to_end(&mut told)).await.expect("its connection ends");
     }
     host.stop().await;

@@ -592,7 +592,7 @@ async fn the_staging_table_of_an_idle_sink_holds_back_neither_the_age_of_transac
         assert_eq!(bytes, 0, "COMMIT has emptied it");
         sink.commit(&rows([("a", "3")]), &[advance(0, 2, 3)]).await.unwrap();
         assert_eq!(stage().await, (file, 0), "the catalog does not change with each commit");
-        // What is rolled back keeps its room.
+        // A transaction that is rolled back leaves its bytes in the file of the table.
         let error = sink.commit(&rows([("a", "13"), ("b", "13")]), &[advance(0, 3, 5)]).await.unwrap_err();
         assert!(matches!(error, Error::Doubtful { .. }), "{error:?}");
         let (same, bytes) = stage().await;

@@ -58,7 +58,7 @@ async fn tls(bytes: usize) -> (client::TlsStream<DuplexStream>, server::TlsStrea
 async fn a_goodbye_is_read_that_lies_behind_much_in_a_tls_connection() {
     let stream = MemoryStream::new("s", 1);
     let broker = &broker(&Config::default(), stream.clone(), MemoryStream::new("broker", 1));
-    // Many packets to a record, and a record for each.
+    // All packets in one TLS record, then each packet in a record of its own.
     for records in [1, 7_000] {
         let before = stream.bounds().end.0;
         let (mut client, io) = tls(4 << 20).await;
