@@ -1,6 +1,7 @@
 //! What `headworks status` tells a person of while the log alone would say it, or nothing would.
 
 use std::io::{BufRead, BufReader};
+use std::time::Duration;
 
 use headworks_tests::certificates::Authority;
 use headworks_tests::host::{Host, fresh, prebuilt};
@@ -393,16 +394,27 @@ fn a_start_without_the_folder_of_the_dead_letters_says_so_and_the_next_does_not(
 
 #[test]
 fn a_host_that_ends_and_lets_no_client_in_is_not_ready() {
-    let mut host = Host::start("problems-unreached", "");
+    let config = telemetry::config(&telemetry::sqlite_sink());
+    let config = config.replace("from: telemetry,", "from: telemetry, drain_max: 10m,");
+    let config = config.replace("type: sqlite,", "type: sqlite, busy_timeout: 100ms,");
+    let mut host = Host::start("problems-unreached", &config);
     let admin = host.admin();
     let ready = || http::get(admin, "/readyz").expect("the host serves it");
     assert_eq!(ready().0, 200);
-    // The host waits a while for a client that does not close.
+    // The host cannot end before the row is written that its pipeline has in flight.
+    let database = rusqlite::Connection::open(host.folder.join("data/telemetry.db")).expect("the sink's");
+    database.busy_timeout(Duration::from_secs(20)).expect("a timeout");
+    database.execute_batch("BEGIN EXCLUSIVE").expect("the host does not write now");
+    let (topic, payload) = telemetry::message("sensor-1", 7);
+    publish(&host, &topic, &payload);
+    host.says("database is locked");
     let mut meter = Client::clean(host.mqtt(), Version::V5, "meter-1");
     host.process().signal(Signal::TERM);
     meter.disconnected();
     let (code, body) = ready();
     assert!(code == 503 && body.contains("the host ends"), "{code} {body}");
+    database.execute_batch("ROLLBACK").expect("the host writes again");
+    assert!(host.process().wait(Duration::from_secs(60)).success());
 }
 
 #[test]
