@@ -211,12 +211,12 @@ pub struct Rule {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Limits {
-    /// Publishes per second of one client, with bursts of one second's worth. Beyond the limit the
-    /// client is read more slowly; nothing is refused.
+    /// Publishes per second of one client, with bursts of one second's worth. Beyond the limit the client
+    /// is read more slowly; nothing is refused. A reload changes it for new connections.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub client_messages_per_s: Option<u32>,
     /// Bytes of publishes per second of one client. Beyond the limit the client is read more slowly;
-    /// nothing is refused.
+    /// nothing is refused. A reload changes it for new connections.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub client_bytes_per_s: Option<ByteSize>,
     /// Publishes per second of all clients together. Beyond the limit clients are read more slowly;
@@ -232,7 +232,7 @@ pub struct Limits {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub topic_levels_max: Option<u32>,
     /// Connections of one user name at a time. A further connection is refused (0x97), unless its client
-    /// takes over its own session.
+    /// takes over its own session. A reload changes it for new connections.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub connections_per_user_max: Option<u32>,
     /// CONNECT packets per second of all clients, with bursts of one second's worth. A further CONNECT

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use async_trait::async_trait;
 
+use super::authority::AuthorityId;
 use super::fair::Source;
 use super::guesses::Guesses;
 use super::passwords::Passwords;
@@ -45,13 +46,44 @@ impl Access {
     pub async fn begin(&self, method: &str, data: &[u8], who: &Credentials<'_>) -> Result<Step, Denied> {
         let mut unknown = None;
         for authenticator in &self.authenticators {
-            match authenticator.begin(method, data, who).await? {
-                Some(Begun { known: true, step }) => return Ok(step),
-                Some(begun) => unknown = unknown.or(Some(begun.step)),
+            match authenticator.by().begin(method, data, who).await? {
+                Some(Begun { known: true, step }) => return Ok(step.by(authenticator.id())),
+                Some(begun) => unknown = unknown.or(Some(begun.step.by(authenticator.id()))),
                 None => {}
             }
         }
         unknown.ok_or(Denied::BadMethod)
+    }
+}
+
+impl Step {
+    /// Notes which authenticator has recognised the client, now or at the end of the exchange.
+    fn by(self, id: AuthorityId) -> Self {
+        match self {
+            Self::Ask { data, exchange } => Self::Ask { data, exchange: Box::new(By { exchange, id }) },
+            Self::Done { data, mut identity } => {
+                identity.admitted_by = Some(id);
+                Self::Done { data, identity }
+            }
+        }
+    }
+}
+
+/// An exchange with the authenticator that began it.
+struct By {
+    exchange: Box<dyn Exchange>,
+    id: AuthorityId,
+}
+
+#[async_trait]
+impl Exchange for By {
+    async fn answer(self: Box<Self>, data: &[u8]) -> Result<Step, Denied> {
+        let Self { exchange, id } = *self;
+        exchange.answer(data).await.map(|step| step.by(id))
+    }
+
+    fn user(&self) -> Option<&str> {
+        self.exchange.user()
     }
 }
 

@@ -40,36 +40,68 @@ struct Wrong {
     at: Instant,
 }
 
-/// Fingerprints of the passwords that are being verified, with the number of clients that sent each.
+/// Fingerprints of the passwords that are being verified.
 #[derive(Default)]
-pub struct Trying(Mutex<HashMap<Fingerprint, usize>>);
+pub struct Trying(Mutex<HashMap<Fingerprint, Same>>);
+
+/// Clients that sent the same password.
+#[derive(Default)]
+struct Same {
+    clients: usize,
+    /// Whether the guess of one of them counts for all.
+    is_counted: bool,
+}
 
 /// One of several clients that sent the same password, until it is dropped.
 pub struct Tried<'t> {
     trying: &'t Trying,
     fingerprint: Fingerprint,
-    pub is_first: bool,
+    /// Whether the guess of this client counts for all.
+    counts: bool,
+    is_settled: bool,
 }
 
 impl Trying {
     pub fn enter(&self, fingerprint: Fingerprint) -> Tried<'_> {
         let mut trying = self.lock();
-        let count = trying.entry(fingerprint).or_default();
-        *count += 1;
-        Tried { trying: self, fingerprint, is_first: *count == 1 }
+        let same = trying.entry(fingerprint).or_default();
+        same.clients += 1;
+        let counts = !std::mem::replace(&mut same.is_counted, true);
+        Tried { trying: self, fingerprint, counts, is_settled: false }
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<Fingerprint, usize>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<Fingerprint, Same>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Tried<'_> {
+    /// Returns whether this client's guess is the one that counts. If the client that had it has gone before
+    /// its password was verified, it is the next one that asks.
+    pub fn counts(&mut self) -> bool {
+        if !self.counts
+            && let Some(same) = self.trying.lock().get_mut(&self.fingerprint)
+        {
+            self.counts = !std::mem::replace(&mut same.is_counted, true);
+        }
+        self.counts
+    }
+
+    /// Records that the password was verified.
+    pub fn settle(&mut self) {
+        self.is_settled = true;
     }
 }
 
 impl Drop for Tried<'_> {
     fn drop(&mut self) {
         let mut trying = self.trying.lock();
-        if let Some(count) = trying.get_mut(&self.fingerprint) {
-            *count -= 1;
-            if *count == 0 {
+        if let Some(same) = trying.get_mut(&self.fingerprint) {
+            same.clients -= 1;
+            if self.counts && !self.is_settled {
+                same.is_counted = false;
+            }
+            if same.clients == 0 {
                 trying.remove(&self.fingerprint);
             }
         }

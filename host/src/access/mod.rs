@@ -4,8 +4,10 @@
 //! Authenticators are asked in the order of the config until one knows the client. A client that none
 //! knows is refused, and an action that no rule allows is denied.
 
+mod authority;
 mod caution;
 mod config;
+mod current;
 mod exchange;
 mod fair;
 mod guesses;
@@ -21,21 +23,26 @@ mod recent;
 mod rules;
 mod scram;
 mod standing;
+mod wait;
 mod watched;
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 
+use self::authority::{Authority, AuthorityId};
 use self::exchange::Begun;
 use self::fair::Source;
 use self::limits::{Connects, Users};
 use self::questions::{ANSWERS_OF_ALL_BYTES_MAX, Authorize, Questions};
 use self::rules::{Policy, Who};
 use self::standing::{Standing, Standings};
+use self::wait::WaitMax;
 use crate::plugin::access::AccessEngine;
 use crate::problems::{KeyPath, Problems};
 use crate::room::Room;
@@ -44,6 +51,7 @@ use crate::topic::TopicFilter;
 
 pub use self::caution::{is_for_all, readable};
 pub use self::config::{Authenticator, Certificate, Config, DeniedPublish, Limits, Overlap, Rule};
+pub use self::current::{AdmittedNoMore, Connected, Current};
 pub use self::exchange::{Exchange, ROUNDS_MAX, Step};
 pub use self::limits::{Allowance, UserPlace};
 pub use self::passwords::Users as PasswordFile;
@@ -89,14 +97,36 @@ impl Credentials<'_> {
 }
 
 /// The listener through which a client connects.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Default)]
 pub struct Entrance {
     /// Address of the listener as the config writes it.
     pub listener: String,
     /// Number of the transport in the plugin contract.
     pub transport: u32,
-    /// Whether the listener serves clients without credentials.
-    pub allow_anonymous: bool,
+    /// Shared by all that stand for one address.
+    allows_anonymous: Arc<AtomicBool>,
+}
+
+impl Entrance {
+    pub fn new(listener: String, transport: u32, allow_anonymous: bool) -> Self {
+        Self { listener, transport, allows_anonymous: Arc::new(AtomicBool::new(allow_anonymous)) }
+    }
+
+    /// Returns the same listener with another transport. Both serve clients without credentials, or none does.
+    pub fn by(&self, transport: u32) -> Self {
+        let (listener, allows_anonymous) = (self.listener.clone(), self.allows_anonymous.clone());
+        Self { listener, transport, allows_anonymous }
+    }
+
+    /// Returns whether the listener serves clients without credentials.
+    pub fn allows_anonymous(&self) -> bool {
+        self.allows_anonymous.load(Ordering::Acquire)
+    }
+
+    /// Changes whether the listener serves clients without credentials, also those that are connected.
+    pub fn set_allows_anonymous(&self, allows: bool) {
+        self.allows_anonymous.store(allows, Ordering::Release);
+    }
 }
 
 /// The identity of a client.
@@ -120,6 +150,8 @@ pub struct Identity {
     pub proofs: Vec<Arc<dyn Proof>>,
     /// Decides the questions that `rules` leave open.
     authorizer: Option<Arc<dyn Authorize>>,
+    /// The authenticator that recognised the client; `None` for an anonymous client.
+    admitted_by: Option<AuthorityId>,
 }
 
 /// Identity of clients about which nothing is known. All of them share it, because many hosts have no
@@ -132,12 +164,23 @@ impl Identity {
     }
 
     fn is_nobody(&self) -> bool {
-        let Self { name, fields, rules, superuser, attributes, device, valid_until, proofs, authorizer } =
-            self;
+        let Self {
+            name,
+            fields,
+            rules,
+            superuser,
+            attributes,
+            device,
+            valid_until,
+            proofs,
+            authorizer,
+            admitted_by,
+        } = self;
         let has_name = name.is_some() || device.is_some() || *superuser;
         let has_lists =
             !(fields.is_empty() && rules.is_empty() && attributes.is_empty() && proofs.is_empty());
-        !has_name && !has_lists && valid_until.is_none() && authorizer.is_none()
+        let is_vouched_for = authorizer.is_some() || admitted_by.is_some();
+        !has_name && !has_lists && valid_until.is_none() && !is_vouched_for
     }
 }
 
@@ -202,6 +245,8 @@ pub struct Deps<'a> {
 
 /// A client that was admitted, with its rights.
 pub struct Admitted {
+    /// The access control that these rights are of.
+    access: Arc<Access>,
     pub identity: Arc<Identity>,
     policy: Policy,
     /// Questions for an access plugin, if the rules have any.
@@ -211,20 +256,36 @@ pub struct Admitted {
 }
 
 pub struct Access {
+    /// Number of this version; a reload makes the next one.
+    generation: u64,
     /// `None` without a section `access`: every client may do everything.
-    config: Option<Config>,
-    authenticators: Vec<Box<dyn Authenticate>>,
+    config: Option<Arc<Config>>,
+    authenticators: Vec<Arc<Authority>>,
     limits: Limits,
+    clients: Arc<Clients>,
+    connects: Option<Arc<Mutex<Connects>>>,
+    publishes: Option<Arc<Mutex<Allowance>>>,
+    /// How long a client waits for an answer, once this version is in force.
+    wait_max: Duration,
+}
+
+/// What is known of connected clients, which stays over a reload.
+struct Clients {
     users: Users,
     standings: Standings,
     /// Memory for the answers of access plugins about all clients.
     answers: Arc<Room>,
-    connects: Option<Mutex<Connects>>,
-    publishes: Option<Mutex<Allowance>>,
-    wait_max: Duration,
+    /// How long a client waits for an answer of an authenticator.
+    wait_max: WaitMax,
 }
 
 impl Admitted {
+    /// Returns the access control that the rights are of.
+    #[inline]
+    pub fn access(&self) -> &Arc<Access> {
+        &self.access
+    }
+
     /// Returns whether the client may do everything, so that nothing needs to be checked.
     #[inline]
     pub fn is_everything(&self) -> bool {
@@ -319,21 +380,65 @@ impl Access {
     /// Reads the files of the authenticators. Errors name the file.
     pub fn open(config: Option<&Config>, limits: &Limits, deps: &Deps<'_>) -> Result<Self, String> {
         let now = Instant::now();
-        let authenticators = config.map_or(&[][..], |config| &config.authenticate).iter();
+        let wait_max = WaitMax::new(deps.wait_max);
+        let wanted = config.map_or(&[][..], |config| &config.authenticate).iter();
+        let authenticators = wanted
+            .map(|one| Authority::open(one, deps, &wait_max).map(Arc::new))
+            .collect::<Result<_, _>>()?;
+        let (users, standings) = Default::default();
+        let answers = Room::new(ANSWERS_OF_ALL_BYTES_MAX);
         Ok(Self {
-            config: config.cloned(),
-            authenticators: authenticators.map(|one| open(one, deps)).collect::<Result<_, _>>()?,
-            users: Users::default(),
-            standings: Standings::default(),
-            answers: Room::new(ANSWERS_OF_ALL_BYTES_MAX),
-            connects: limits.connects_per_s.map(|per_s| Mutex::new(Connects::new(per_s, now))),
-            publishes: Allowance::of_all(limits, now).map(Mutex::new),
+            generation: 0,
+            config: config.cloned().map(Arc::new),
+            authenticators,
+            clients: Arc::new(Clients { users, standings, answers, wait_max }),
+            connects: limits.connects_per_s.map(|per_s| Arc::new(Mutex::new(Connects::new(per_s, now)))),
+            publishes: Allowance::of_all(limits, now).map(|all| Arc::new(Mutex::new(all))),
             wait_max: deps.wait_max,
             limits: limits.clone(),
         })
     }
 
-    pub async fn admit(&self, who: &Credentials<'_>) -> Result<Admitted, Denied> {
+    /// Returns the next version, for another configuration. What stays the same is taken over with all
+    /// that it has learned: authenticators with their caches, rates with what is spent of them.
+    /// Reads the files of new authenticators; errors name the file. Changes nothing that runs.
+    pub fn reopen(&self, config: Option<&Config>, limits: &Limits, deps: &Deps<'_>) -> Result<Self, String> {
+        let now = Instant::now();
+        let is_same = self.config.as_deref() == config;
+        let mut left: Vec<_> = self.authenticators.iter().collect();
+        let mut authenticators = Vec::new();
+        for wanted in config.map_or(&[][..], |config| &config.authenticate) {
+            let same = left.iter().position(|one| one.config() == wanted);
+            authenticators.push(match same {
+                Some(same) => left.remove(same).clone(),
+                None => Arc::new(Authority::open(wanted, deps, &self.clients.wait_max)?),
+            });
+        }
+        for one in &mut authenticators {
+            let former = left.iter().position(|former| one.speaks_for(former));
+            if let (Some(former), Some(one)) = (former, Arc::get_mut(one)) {
+                one.succeed(left.remove(former));
+            }
+        }
+        let Limits { messages_per_s, bytes_per_s, connects_per_s, .. } = limits;
+        let is_same_rate =
+            (messages_per_s, bytes_per_s) == (&self.limits.messages_per_s, &self.limits.bytes_per_s);
+        let of_all = || Allowance::of_all(limits, now).map(|all| Arc::new(Mutex::new(all)));
+        let connects = || connects_per_s.map(|per_s| Arc::new(Mutex::new(Connects::new(per_s, now))));
+        let is_same_connects = *connects_per_s == self.limits.connects_per_s;
+        Ok(Self {
+            generation: self.generation + 1,
+            config: if is_same { self.config.clone() } else { config.cloned().map(Arc::new) },
+            authenticators,
+            clients: self.clients.clone(),
+            connects: if is_same_connects { self.connects.clone() } else { connects() },
+            publishes: if is_same_rate { self.publishes.clone() } else { of_all() },
+            wait_max: deps.wait_max,
+            limits: limits.clone(),
+        })
+    }
+
+    pub async fn admit(self: &Arc<Self>, who: &Credentials<'_>) -> Result<Admitted, Denied> {
         let identity = match &self.config {
             Some(_) => self.identify(who).await?,
             // Nobody has checked the user name that it gives.
@@ -344,7 +449,7 @@ impl Access {
 
     /// Returns the rights of a client. `proof` is that of its certificate.
     pub fn rights(
-        &self,
+        self: &Arc<Self>,
         mut identity: Identity,
         client_id: &str,
         proof: Option<&Arc<dyn Proof>>,
@@ -353,26 +458,47 @@ impl Access {
             identity.valid_until = identity.valid_until.into_iter().chain(proof.valid_until()).min();
             identity.proofs.push(proof.clone());
         }
+        self.rights_of(identity.shared(), client_id)
+    }
+
+    /// Returns the rights of a client whose identity is complete.
+    fn rights_of(self: &Arc<Self>, identity: Arc<Identity>, client_id: &str) -> Admitted {
+        let access = self.clone();
         let Some(config) = &self.config else {
-            let (identity, policy) = (identity.shared(), Policy::everything());
-            return Admitted { identity, policy, questions: None, standing: None };
+            return Admitted {
+                access,
+                identity,
+                policy: Policy::everything(),
+                questions: None,
+                standing: None,
+            };
         };
-        if let Some(known) = identity.name.as_deref().and_then(|name| config.users.get(name)) {
-            identity.fields.extend(known.clone());
-        }
         let policy = if identity.superuser {
             Policy::everything()
         } else {
             let user = identity.name.as_deref();
-            let compiled_for = Who { client_id, user, fields: &identity.fields };
+            let compiled_for = Who { client_id, user, fields: &self.fields_of(&identity) };
             Policy::compile(identity.rules.iter().chain(&config.rules), &compiled_for, config.overlap)
         };
-        let authorizer = identity.authorizer.take().filter(|_| policy.asks());
+        let authorizer = identity.authorizer.clone().filter(|_| policy.asks());
         let questions = authorizer.zip(identity.name.as_ref()).map(|(authorizer, name)| {
-            Questions::new(authorizer, name, client_id, self.wait_max, &self.answers)
+            Questions::new(authorizer, name, client_id, self.wait_max, &self.clients.answers)
         });
         let questions = questions.map(Box::new);
-        Admitted { identity: identity.shared(), policy, questions, standing: None }
+        Admitted { access, identity, policy, questions, standing: None }
+    }
+
+    /// Returns the client's values for `{field}`: its own, and over them those of the config.
+    fn fields_of<'i>(&self, identity: &'i Identity) -> Cow<'i, BTreeMap<String, String>> {
+        let users = self.config.as_ref().map(|config| &config.users);
+        match users.zip(identity.name.as_deref()).and_then(|(users, name)| users.get(name)) {
+            None => Cow::Borrowed(&identity.fields),
+            Some(known) => {
+                let mut fields = identity.fields.clone();
+                fields.extend(known.clone());
+                Cow::Owned(fields)
+            }
+        }
     }
 
     /// Calls `wake` when the credentials that admitted the client are no longer valid.
@@ -380,13 +506,13 @@ impl Access {
         rights.standing = None;
         if !rights.identity.proofs.is_empty() {
             let proofs = std::mem::take(&mut Arc::make_mut(&mut rights.identity).proofs);
-            rights.standing = Some(Box::new(self.standings.enter(proofs, wake)));
+            rights.standing = Some(Box::new(self.clients.standings.enter(proofs, wake)));
         }
     }
 
     /// Checks the proofs of all connected clients and ends the connections whose proofs no longer hold.
     pub fn recheck(&self) {
-        let clients = self.standings.recheck();
+        let clients = self.clients.standings.recheck();
         if clients > 0 {
             tracing::info!(
                 clients,
@@ -397,7 +523,7 @@ impl Access {
 
     /// Reads changed files of users and keys again. Blocks on the disk.
     pub fn refresh(&self) {
-        let changed = self.authenticators.iter().filter(|authenticator| authenticator.refresh()).count();
+        let changed = self.authenticators.iter().filter(|authenticator| authenticator.by().refresh()).count();
         if changed > 0 {
             self.recheck();
         }
@@ -405,7 +531,8 @@ impl Access {
 
     async fn identify(&self, who: &Credentials<'_>) -> Result<Identity, Denied> {
         for authenticator in &self.authenticators {
-            if let Some(identity) = authenticator.authenticate(who).await? {
+            if let Some(mut identity) = authenticator.by().authenticate(who).await? {
+                identity.admitted_by = Some(authenticator.id());
                 let is_name =
                     |name: &Arc<str>| name.len() <= NAME_BYTES_MAX && !name.chars().any(char::is_control);
                 return if identity.name.iter().all(is_name) {
@@ -420,7 +547,7 @@ impl Access {
         }
         for authenticator in &self.authenticators {
             // Once: a known client is refused by one of them.
-            if authenticator.pretend(who).await? {
+            if authenticator.by().pretend(who).await? {
                 break;
             }
         }
@@ -435,7 +562,7 @@ impl Access {
     /// Returns whether the client may use the client id that it asks for.
     pub fn may_have_id(&self, identity: &Identity, client_id: &str) -> bool {
         let patterns = self.config.as_ref().map_or(&[][..], |config| &config.client_ids);
-        let who = Who { client_id, user: identity.name.as_deref(), fields: &identity.fields };
+        let who = Who { client_id, user: identity.name.as_deref(), fields: &self.fields_of(identity) };
         patterns.is_empty() || rules::fits_client_id(patterns, &who)
     }
 
@@ -456,7 +583,7 @@ impl Access {
     /// user already has `connections_per_user_max` other client ids connected.
     pub fn enter(&self, identity: &Identity, client_id: &str) -> Option<Option<UserPlace>> {
         match (&identity.name, self.limits.connections_per_user_max) {
-            (Some(name), Some(max)) => self.users.enter(name, client_id, max).map(Some),
+            (Some(name), Some(max)) => self.clients.users.enter(name, client_id, max).map(Some),
             _ => Some(None),
         }
     }
@@ -468,7 +595,7 @@ impl Access {
 
     /// Returns the publish rate of all clients together.
     pub fn publishes(&self) -> Option<&Mutex<Allowance>> {
-        self.publishes.as_ref()
+        self.publishes.as_deref()
     }
 
     #[inline]
@@ -494,28 +621,12 @@ pub fn look(config: &Config, path: &KeyPath, problems: &mut Problems) {
     for (i, authenticator) in config.authenticate.iter().enumerate() {
         let looked = match (authenticator, deps.plugins) {
             (Authenticator::Plugin(config), Some(engine)) => plugin::look(config, engine),
-            _ => open(authenticator, &deps).map(drop),
+            _ => Authority::open(authenticator, &deps, &WaitMax::new(deps.wait_max)).map(drop),
         };
         if let Err(reason) = looked {
             problems.add(path.key("authenticate").index(i), reason);
         }
     }
-}
-
-fn open(config: &Authenticator, deps: &Deps<'_>) -> Result<Box<dyn Authenticate>, String> {
-    let failures = deps.failures.clone();
-    Ok(match config {
-        Authenticator::Passwords(config) => {
-            Box::new(passwords::Passwords::open(config, deps.secret, deps.wait_max, failures)?)
-        }
-        Authenticator::Jwt(config) => Box::new(jwt::Jwt::open(config, failures)?),
-        Authenticator::Certificate(config) => Box::new(config.clone()),
-        Authenticator::Http(config) => Box::new(http::Http::new(config, failures)?),
-        Authenticator::Plugin(config) => {
-            let engine = deps.plugins.ok_or("plugins cannot be run here")?;
-            Box::new(plugin::Plugin::open(config, engine, deps.wait_max, failures))
-        }
-    })
 }
 
 #[async_trait]

@@ -22,6 +22,7 @@ use super::pace::Pace;
 use super::recent::{Fingerprint, Recent};
 use super::scram::Verifier;
 use super::standing::Proof;
+use super::wait::WaitMax;
 use super::watched::Watched;
 use super::{Denied, Identity};
 use crate::hints::{Hint, Hints};
@@ -76,7 +77,7 @@ pub struct Passwords {
     memory: Arc<HashMemory>,
     pace: Mutex<Pace>,
     /// Longest time that a client waits. After that the client has given up.
-    wait_max: Duration,
+    wait_max: WaitMax,
 }
 
 /// The user name and address of a client that presents a password.
@@ -98,7 +99,7 @@ impl Passwords {
     pub fn open(
         config: &config::Passwords,
         secret: &[u8; 32],
-        wait_max: Duration,
+        wait_max: WaitMax,
         failures: Failures,
     ) -> Result<Self, String> {
         let path = config.file.clone();
@@ -162,22 +163,26 @@ impl Passwords {
         if let Some(known) = self.known(&fingerprint) {
             return Ok(known);
         }
-        let tried = self.trying.enter(fingerprint);
+        let mut tried = self.trying.enter(fingerprint);
         let now = Instant::now();
         // The same password by several at a time is one guess.
-        let guess = if tried.is_first { Some(self.guesses.begin(who.source, who.user, now)?) } else { None };
+        let begin = |now| self.guesses.begin(who.source, who.user, now);
+        let guess = if tried.counts() { Some(begin(now)?) } else { None };
         tokio::time::sleep(self.guesses.delay(who.source, now)).await;
         let begun = Instant::now();
-        let is_right = if hash.is_empty() {
-            false
+        let (is_right, is_known) = if hash.is_empty() {
+            (false, false)
         } else {
             let place = self.place(who).await?;
-            // Found out meanwhile by others, who waited before.
-            if let Some(known) = self.known(&fingerprint) {
-                return Ok(known);
+            // Found out meanwhile by others, who had their turn before.
+            match self.known(&fingerprint) {
+                Some(known) => (known, true),
+                None => (self.verify(place, hash.into(), password).await?, false),
             }
-            self.verify(place, hash.into(), password).await?
         };
+        // Whoever verified it: the guess counts, unless its client has gone, whose place another takes.
+        let guess = guess.or_else(|| tried.counts().then(|| begin(Instant::now()).ok()).flatten());
+        tried.settle();
         if is_right {
             self.right.put(fingerprint, (), Instant::now());
             if let Some(guess) = guess {
@@ -188,6 +193,9 @@ impl Passwords {
         self.wrong.put(fingerprint, (), Instant::now());
         if let Some(guess) = guess {
             guess.wrong(Instant::now());
+        }
+        if is_known {
+            return Ok(false);
         }
         if cost(hash) < cost(costliest) {
             self.take_as_long(begun, who, costliest, password).await?;
@@ -257,7 +265,7 @@ impl Passwords {
     /// Returns a place for a verification when it is the client's turn. At most as many clients wait as
     /// can be served before they give up.
     async fn place(&self, who: Asker<'_>) -> Result<Place, Denied> {
-        let served = self.wait_max.div_duration_f64(self.pace().mean()) as usize;
+        let served = self.wait_max.get().div_duration_f64(self.pace().mean()) as usize;
         let waiting_max = served.saturating_mul(self.threads).clamp(self.threads, QUEUE_MAX);
         let place = self.places.enter(who.source, who.user, waiting_max).await;
         place.map_err(|_| Denied::Unavailable("passwords"))
@@ -424,7 +432,8 @@ mod tests {
 
     fn open(path: &std::path::Path) -> Passwords {
         let config = config::Passwords { file: path.to_owned() };
-        Passwords::open(&config, &[7; 32], Duration::from_secs(10), Failures::default()).unwrap()
+        Passwords::open(&config, &[7; 32], WaitMax::new(Duration::from_secs(10)), Failures::default())
+            .unwrap()
     }
 
     async fn check(passwords: &Passwords, user: &str, password: &str) -> Option<bool> {
@@ -491,6 +500,53 @@ mod tests {
         }
         assert_eq!(passwords.guesses.count(asker("ann").source, "ann"), 5);
         assert_eq!(check(&passwords, "ann", "old").await, Some(false), "no guess: it is known");
+    }
+
+    /// Polls a check until as many wait for a place.
+    async fn until_waiting(
+        passwords: &Passwords,
+        check: &mut (impl Future<Output = Option<bool>> + Unpin),
+        waiting: usize,
+    ) {
+        while passwords.places.turns_before(asker("ann").source) < 1 + waiting {
+            assert!(futures_util::poll!(&mut *check).is_pending());
+            tokio::task::yield_now().await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_guess_counts_whoever_of_those_who_show_it_has_it_verified() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("passwords");
+        put(&path, users(&[("ann", "new")]));
+        let passwords = open(&path);
+        let count = || passwords.guesses.count(asker("ann").source, "ann");
+        let hold = async || {
+            let mut held = Vec::new();
+            for _ in 0..passwords.threads {
+                held.push(passwords.places.enter(asker("x").source, "x", 0).await.ok().unwrap());
+            }
+            held
+        };
+        // The first has left before its turn.
+        let held = hold().await;
+        let mut first = Box::pin(check(&passwords, "ann", "x"));
+        until_waiting(&passwords, &mut first, 1).await;
+        let mut second = Box::pin(check(&passwords, "ann", "x"));
+        until_waiting(&passwords, &mut second, 2).await;
+        drop(first);
+        drop(held);
+        assert_eq!((second.await, count()), (Some(false), 1));
+        // Another has found it out before the first had its turn.
+        let held = hold().await;
+        let mut first = Box::pin(check(&passwords, "ann", "y"));
+        until_waiting(&passwords, &mut first, 1).await;
+        let file = passwords.loaded().await.unwrap();
+        let hash = file.users.0["ann"].hash.as_bytes();
+        let fingerprint = passwords.right.fingerprint(&[b"ann", b"y", hash]);
+        passwords.wrong.put(fingerprint, (), Instant::now());
+        drop(held);
+        assert_eq!((first.await, count()), (Some(false), 2));
     }
 
     #[tokio::test]

@@ -13,6 +13,7 @@ use super::exchange::{Begun, Exchange, Step};
 use super::fair::{Crowded, Fair, Place, Source};
 use super::questions::{Act, Authorize};
 use super::rules::{self, Action, Effect};
+use super::wait::WaitMax;
 use super::watched::{Opening, Watched};
 use super::{Authenticate, Credentials, Denied, Identity};
 use crate::plugin::access::{
@@ -34,7 +35,7 @@ struct Inner {
     file: String,
     plugin: Arc<Opening<AccessPlugin>>,
     /// How long a client waits for the first version.
-    wait_max: Duration,
+    wait_max: WaitMax,
     /// Turns for calls, as many as there are instances.
     turns: Arc<Fair>,
     exchanges: AtomicU64,
@@ -72,7 +73,7 @@ impl Plugin {
     pub fn open(
         config: &config::Plugin,
         engine: &AccessEngine,
-        wait_max: Duration,
+        wait_max: WaitMax,
         failures: Failures,
     ) -> Self {
         let (engine, settings, said) = (engine.clone(), config.clone(), failures.clone());
@@ -84,7 +85,7 @@ impl Plugin {
         Self(Arc::new(Inner {
             file: config.file.display().to_string(),
             plugin,
-            wait_max: wait_max / 2,
+            wait_max,
             turns: Fair::new(config.instances_max as usize),
             exchanges: AtomicU64::new(0),
             failures,
@@ -149,7 +150,7 @@ impl Caller {
 
 impl Inner {
     async fn watched(&self) -> Result<Arc<Watched<AccessPlugin>>, Denied> {
-        self.plugin.opened(self.wait_max).await.ok_or(Denied::Unavailable("plugin"))
+        self.plugin.opened(self.wait_max.get() / 2).await.ok_or(Denied::Unavailable("plugin"))
     }
 
     /// Runs a call when it is its turn. The call continues if its client leaves.

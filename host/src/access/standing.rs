@@ -148,7 +148,7 @@ mod tests {
     fn rights_never_outlast_the_certificate_whoever_gives_them() {
         let (secret, wait_max) = (&[0; 32], Duration::ZERO);
         let deps = Deps { secret, plugins: None, wait_max, failures: &Failures::default() };
-        let access = Access::open(None, &Limits::default(), &deps).unwrap();
+        let access = Arc::new(Access::open(None, &Limits::default(), &deps).unwrap());
         let now = Instant::now();
         let hours = |hours: u64| now + Duration::from_secs(3_600 * hours);
         let proof: Arc<dyn Proof> = Arc::new(Until(hours(2)));

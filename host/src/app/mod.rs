@@ -42,7 +42,6 @@ use self::background::Background;
 use self::banner::{PluginLine, Started, banner};
 use self::held_folder::HeldFolder;
 use self::run_file::RunFile;
-use crate::access::Authenticator;
 use crate::admin;
 use crate::config::{Config, DEAD_LETTERS, Source};
 use crate::devices::Devices;
@@ -217,12 +216,7 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
         forget_strangers(log, &config, &left_over);
     }
 
-    let asks_plugins = config.mqtt.access.iter().flat_map(|access| &access.authenticate);
-    let access_plugins = asks_plugins
-        .into_iter()
-        .any(|one| matches!(one, Authenticator::Plugin(_)))
-        .then(|| AccessEngine::new(&config.plugins, Some(&cache)))
-        .transpose()?;
+    let make_engine = access_engine(&config, &cache);
 
     // Devices: what they are acknowledged for stands on the log alone.
     let background = Background::start().context("cannot start threads")?;
@@ -236,7 +230,7 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
         ingest: Arc::clone(&ingest),
         broker: Arc::clone(&broker),
         failures: failures.clone(),
-        access_plugins,
+        access_plugins: Some(make_engine),
         background: background.handle(),
         clock: mqtt::system_clock(),
         shutdown: stop_listening.clone(),
@@ -313,13 +307,12 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
     // From here on a signal ends the host in order; whoever reads where it listens may send one.
     let (mut interrupts, terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let told = if is_kept { String::new() } else { token };
-    let running = RunFile::new(&instance, (listener.addresses(), http.addresses()), admin.address(), told);
+    let running = RunFile::new(&instance, (&listener.addresses(), &http.addresses()), admin.address(), told);
     run_file::write_or_retry(&data_dir, running, stop_admin.clone());
     let mut started = Started::of(&config, &source);
-    for ((_, bound), address) in
-        started.listeners.iter_mut().zip(listener.addresses().iter().chain(http.addresses()))
-    {
-        *bound = address.clone();
+    let addresses = listener.addresses().into_iter().chain(http.addresses());
+    for ((_, bound), address) in started.listeners.iter_mut().zip(addresses) {
+        *bound = address;
     }
     started.admin = Some(admin.address());
 
@@ -350,6 +343,12 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
     failures.flush();
     ending.leave_late_parts();
     ended
+}
+
+/// Makes the engine for access plugins, once one is configured.
+fn access_engine(config: &Config, cache: &Path) -> mqtt::MakeEngine {
+    let (plugins, cache) = (config.plugins.clone(), cache.to_owned());
+    Box::new(move || AccessEngine::new(&plugins, Some(&cache)).map_err(|error| error.to_string()))
 }
 
 /// The end of the host's parts, each within its time: a disk that does not answer ends nothing.

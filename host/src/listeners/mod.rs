@@ -5,6 +5,7 @@ pub mod http;
 pub mod mqtt;
 mod permits;
 pub mod refused_clients;
+mod reload;
 pub mod transport;
 
 /// Returns what to do if an address cannot be bound.

@@ -59,7 +59,7 @@ impl Clients {
         slot: &'s Slot,
     ) -> Result<MutexGuard<'s, Option<Client>>, Refusal> {
         let mut client = slot.client.lock().await;
-        if !client.as_ref().is_some_and(Client::holds) {
+        if !client.as_ref().is_some_and(|client| client.holds(&http.access, remote)) {
             // The client is checked again, as if it had not been admitted before.
             *client = None;
             let is_first = !self.has_admitted.load(Ordering::Acquire);

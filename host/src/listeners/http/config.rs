@@ -17,22 +17,28 @@ const BATCH_MESSAGES_MOST: u32 = 10_000;
 const HTTP2_STREAMS_MOST: u64 = 1_000;
 
 /// HTTP for devices and gateways that post their messages: `POST /messages/TOPIC` for one,
-/// `POST /batch` for many. Who may do so is said in `mqtt.access` and `mqtt.limits`.
+/// `POST /batch` for many. Who may do so is said in `mqtt.access` and `mqtt.limits`. A key that a
+/// reload changes applies at once, unless its text says otherwise.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Addresses to listen on. If unset, there is no HTTP listener.
+    /// Addresses to listen on. If unset, there is no HTTP listener. A reload opens new addresses and closes
+    /// those that are gone, whose connections end after their requests. Other settings of an address are for
+    /// new connections.
     pub listeners: Vec<Endpoint>,
-    /// Largest payload of one message. A larger one is answered with 413.
+    /// Largest payload of one message. A larger one is answered with 413. A reload changes it for new
+    /// connections.
     pub max_message_size: ByteSize,
-    /// Largest body of a batch. A larger one is answered with 413.
+    /// Largest body of a batch. A larger one is answered with 413. A reload changes it for new
+    /// connections.
     pub max_batch_size: ByteSize,
-    /// Most messages in one batch. A larger batch is answered with 413.
+    /// Most messages in one batch. A larger batch is answered with 413. A reload changes it for new
+    /// connections.
     pub batch_messages_max: u32,
-    /// Bytes of the bodies of all clients together that are not answered. Past it a body of more than
-    /// 4 KiB waits for room before it is read on, and a client that has room and sends less than
-    /// 10 KiB in 10 s while others wait is answered with 408. Bodies of HTTP/2 requests that wait may
-    /// take as much again, at most 64 KiB each; past it such a request is answered with 429.
+    /// Bytes of the bodies of all clients together that are not answered. Past it a body of more than 4
+    /// KiB waits for room before it is read on, and a client that has room and sends less than 10 KiB in
+    /// 10 s while others wait is answered with 408. Bodies of HTTP/2 requests that wait may take as much
+    /// again, at most 64 KiB each; past it such a request is answered with 429. A change needs a restart.
     pub partial_bodies_bytes_max: ByteSize,
     /// Connections at a time, each of which is an open file. Beyond this, the address with the most
     /// connections that wait for a request loses its oldest to an address with fewer; otherwise the new
@@ -41,14 +47,14 @@ pub struct Config {
     pub connections_max: u32,
     /// Requests of one HTTP/2 connection at a time. The client is told this number, and a request past it
     /// is refused. All connections together may have 4,096 requests at a time beside the first of each;
-    /// further ones are answered with 429.
+    /// further ones are answered with 429. A reload changes it for new connections.
     pub http2_streams_max: u32,
-    /// Longest time from the begin of a connection to the end of its first request's headers. PROXY and TLS
-    /// together may take as long before that. The body of any request may take as long, and a second more
-    /// for each KiB.
+    /// Longest time from the begin of a connection to the end of its first request's headers. PROXY and
+    /// TLS together may take as long before that. The body of any request may take as long, and a second
+    /// more for each KiB. A reload changes it for new connections.
     pub request_timeout: Period,
     /// How long a connection without a request is kept, measured to the end of the next request's
-    /// headers.
+    /// headers. A reload changes it for new connections.
     pub idle_timeout: Period,
     /// How long requests in progress may still take at shutdown.
     pub drain_timeout: Period,

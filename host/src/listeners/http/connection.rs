@@ -15,6 +15,7 @@ use tokio::time::{Instant, sleep_until};
 use super::Http;
 use super::answer::{RETRY_AFTER, Refusal};
 use super::clients::Clients;
+use super::config::Config;
 use super::http2::{self, Tasks};
 use super::requests::{Open, Requests};
 use crate::access::Allowance;
@@ -31,6 +32,8 @@ pub const HEAD_BYTES_MAX: usize = 16 << 10;
 /// What the requests of one connection share.
 pub struct Connection {
     pub http: Arc<Http>,
+    /// The configuration when the connection began.
+    pub config: Arc<Config>,
     pub remote: Remote,
     pub clients: Clients,
     pub allowance: Option<Mutex<Box<Allowance>>>,
@@ -58,10 +61,11 @@ impl Connection {
 /// Serves one connection to its end.
 pub async fn serve<I: Io>(http: Arc<Http>, io: I, remote: Remote, place: Place) {
     http.counters.connections.increment(1.0);
-    let allowance = http.access.allowance().map(Mutex::new);
+    let allowance = http.access.get().allowance().map(Mutex::new);
     let requests = Requests::new(place);
+    let (config, clients) = (http.config(), Clients::default());
     let connection =
-        Arc::new(Connection { http: http.clone(), remote, clients: Clients::default(), allowance, requests });
+        Arc::new(Connection { http: http.clone(), config, remote, clients, allowance, requests });
     // Boxed: the buffers of a protocol are large.
     Box::pin(run(&connection, io)).await;
     http.counters.connections.decrement(1.0);
@@ -71,15 +75,15 @@ pub async fn serve<I: Io>(http: Arc<Http>, io: I, remote: Remote, place: Place) 
 }
 
 /// Reads the version off the first bytes where TLS has not agreed on one (RFC 9113, 3.3: prior knowledge).
-fn builder(http: &Http, protocol: Option<&[u8]>) -> auto::Builder<Tasks> {
+fn builder(http: &Http, config: &Config, protocol: Option<&[u8]>) -> auto::Builder<Tasks> {
     let mut builder = auto::Builder::new(Tasks(http.tasks.clone()));
     builder
         .http1()
         .timer(TokioTimer::new())
-        .header_read_timeout(http.config.request_timeout.0.max(http.config.idle_timeout.0))
+        .header_read_timeout(config.request_timeout.0.max(config.idle_timeout.0))
         .max_buf_size(HEAD_BYTES_MAX)
         .max_headers(HEADERS_MAX);
-    http2::bound(&mut builder, http.config.http2_streams_max);
+    http2::bound(&mut builder, config.http2_streams_max);
     match protocol {
         Some(http2::ALPN) => builder.http2_only(),
         Some(_) => builder.http1_only(),
@@ -89,8 +93,8 @@ fn builder(http: &Http, protocol: Option<&[u8]>) -> auto::Builder<Tasks> {
 
 async fn run<I: Io>(connection: &Arc<Connection>, io: I) {
     let http = &connection.http;
-    let (requests, config) = (&connection.requests, &http.config);
-    let builder = builder(http, connection.remote.protocol());
+    let (requests, config) = (&connection.requests, &connection.config);
+    let builder = builder(http, config, connection.remote.protocol());
     let answering = connection.clone();
     let service = service_fn(move |request| {
         let connection = answering.clone();
@@ -110,6 +114,12 @@ async fn run<I: Io>(connection: &Arc<Connection>, io: I) {
             }
         };
         let is_ending = ends_at.is_some();
+        let stops = async {
+            tokio::select! {
+                () = http.shutdown.cancelled() => {}
+                () = connection.remote.closing.closed() => {}
+            }
+        };
         let gives_way = async { if is_ending { pending().await } else { requests.give_way().await } };
         tokio::select! {
             // A client that breaks off is its own affair.
@@ -121,9 +131,9 @@ async fn run<I: Io>(connection: &Arc<Connection>, io: I) {
                 serving.as_mut().graceful_shutdown();
                 ends_at = Some(Instant::now() + config.drain_timeout.0);
             }
-            () = http.shutdown.cancelled(), if !is_ending => {
+            () = stops, if !is_ending => {
                 serving.as_mut().graceful_shutdown();
-                ends_at = Some(Instant::now() + config.drain_timeout.0);
+                ends_at = Some(Instant::now() + http.config().drain_timeout.0);
             }
             () = requests.too_many_resets() => {
                 connection.report("resets", "http: connection closed: its client resets its requests");

@@ -13,7 +13,7 @@ use hyper::header::{self, HeaderMap, HeaderName};
 
 use super::Http;
 use super::answer::{RETRY_AFTER, RETRY_AFTER_LONG, Refusal};
-use crate::access::{Admitted, Credentials, Denied, UserPlace};
+use crate::access::{self, Admitted, Credentials, Denied, UserPlace};
 use crate::hints::Hint;
 use crate::listeners::transport::Remote;
 
@@ -94,9 +94,11 @@ impl Shown {
 
 impl Client {
     /// Whether it is still served as it was.
-    pub fn holds(&self) -> bool {
+    pub fn holds(&self, access: &access::Current, remote: &Remote) -> bool {
         let is_over = self.rights.identity.valid_until.is_some_and(|until| until <= Instant::now());
-        !is_over && !self.rights.is_revoked()
+        let is_stranger = self.rights.access().is_checked() && self.rights.identity.name.is_none();
+        let is_served = !is_stranger || remote.entrance.allows_anonymous();
+        !is_over && !self.rights.is_revoked() && access.is_of(&self.rights) && is_served
     }
 
     /// Returns the client that shows this, or why it is not served, which is reported. `is_first`: no client
@@ -109,7 +111,8 @@ impl Client {
             http.refuse_client(cause, !is_reported, shown.who(), remote, &detail);
             refusal
         };
-        if is_first && !http.access.may_connect(remote.address.ip()) {
+        let access = http.access.get();
+        if is_first && !access.may_connect(remote.address.ip()) {
             let reason = "too many connections per second, try again";
             let refusal = denied("connect_rate", StatusCode::TOO_MANY_REQUESTS, reason, false);
             return Err(refusal.retry(RETRY_AFTER));
@@ -130,10 +133,10 @@ impl Client {
             ip: remote.address.ip(),
             is_connected: false,
             entrance: &remote.entrance,
-            allow_anonymous: remote.entrance.allow_anonymous,
+            allow_anonymous: remote.entrance.allows_anonymous(),
         };
         let shows_nothing = who.shows_nothing();
-        let mut rights = http.access.admit(&who).await.map_err(|reason| match reason {
+        let mut rights = access.admit(&who).await.map_err(|reason| match reason {
             Denied::BadCredentials => {
                 let reason = "wrong user name, password or token";
                 Refusal {
@@ -160,7 +163,7 @@ impl Client {
             }
         })?;
         let client_id = shown.client_id.as_deref().unwrap_or_default();
-        if shown.client_id.is_some() && !http.access.may_have_id(&rights.identity, client_id) {
+        if shown.client_id.is_some() && !access.may_have_id(&rights.identity, client_id) {
             return Err(denied(
                 "client_id",
                 StatusCode::FORBIDDEN,
@@ -168,13 +171,13 @@ impl Client {
                 false,
             ));
         }
-        let Some(place) = http.access.enter(&rights.identity, client_id) else {
+        let Some(place) = access.enter(&rights.identity, client_id) else {
             let reason = "this user has too many client ids";
             let refusal = denied("connections_per_user", StatusCode::TOO_MANY_REQUESTS, reason, false);
             return Err(refusal.retry(RETRY_AFTER_LONG));
         };
         // Looked at with each request: there is nothing to wake.
-        http.access.watch(&mut rights, || {});
+        access.watch(&mut rights, || {});
         let name: Cow<'_, str> = match (&rights.identity.name, &shown.client_id) {
             (Some(user), _) => Cow::Borrowed(user),
             (None, Some(client_id)) => Cow::Borrowed(client_id),

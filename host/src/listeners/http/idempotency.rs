@@ -65,8 +65,6 @@ pub struct Repeated {
 pub struct Mismatch;
 
 pub struct Idempotency {
-    window: Duration,
-    keys_max: usize,
     records: Mutex<Records>,
     /// Number of records.
     kept: Gauge,
@@ -76,6 +74,9 @@ pub struct Idempotency {
 
 #[derive(Default)]
 struct Records {
+    /// How long a request is remembered, and how many are.
+    window: Duration,
+    keys_max: usize,
     by_key: HashMap<Place, Record>,
     /// Records by age, the oldest first.
     by_age: BTreeMap<u64, Place>,
@@ -137,7 +138,7 @@ impl Idempotency {
         now_us: u64,
         (kept, forgotten): (Gauge, Counter),
     ) -> Self {
-        let (mut found, mut records) = (Vec::new(), Records::default());
+        let (mut found, mut records) = (Vec::new(), Records { window, keys_max, ..Records::default() });
         for (stream, source) in ingest.streams().iter().enumerate() {
             for (key, value) in source.state(KIND) {
                 let key: Result<[u8; 16], _> = key[KIND.len()..].try_into();
@@ -156,7 +157,7 @@ impl Idempotency {
             let number = records.next;
             records.insert(place, Record { number, client, fingerprint, until, ticket, outcomes });
         }
-        let this = Self { window, keys_max, records: Mutex::new(records), kept, forgotten };
+        let this = Self { records: Mutex::new(records), kept, forgotten };
         this.remove_old(ingest);
         this
     }
@@ -199,7 +200,7 @@ impl Idempotency {
             records.remove(&place);
         }
         let value = encode(id, now_us, &codes);
-        let gone = records.too_many(self.keys_max, value.len());
+        let gone = records.too_many(records.keys_max, value.len());
         let mut keys: Vec<Vec<u8>> = Vec::new();
         keys.extend(gone.iter().filter(|gone| gone.0 == stream).map(|gone| Id::state_key(&gone.1)));
         let own = Id::state_key(&id.key);
@@ -214,11 +215,17 @@ impl Idempotency {
             }
         }
         self.forgotten.increment(gone.len() as u64);
-        let (number, ticket, until) = (records.next, appended.ticket, now + self.window);
+        let (number, ticket, until) = (records.next, appended.ticket, now + records.window);
         let Id { client, fingerprint, .. } = *id;
         records.insert(place, Record { number, client, fingerprint, until, ticket, outcomes: codes });
         self.kept.set(records.by_key.len() as f64);
         Ok(Ok(appended))
+    }
+
+    /// Changes how long requests are remembered from now on, and how many are.
+    pub fn set_bounds(&self, window: Duration, keys_max: usize) {
+        let mut records = self.lock();
+        (records.window, records.keys_max) = (window, keys_max);
     }
 
     /// Removes expired records from memory and from their streams.
@@ -233,7 +240,7 @@ impl Idempotency {
         while let Some((_, place)) = records.by_age.first_key_value().map(|(number, place)| (*number, *place))
         {
             let is_over = records.by_key.get(&place).is_none_or(|record| record.until <= now);
-            if !is_over && records.by_key.len() <= self.keys_max {
+            if !is_over && records.by_key.len() <= records.keys_max {
                 break;
             }
             records.remove(&place);

@@ -19,6 +19,7 @@ mod credentials;
 mod http2;
 mod idempotency;
 mod metrics;
+mod reload;
 mod request;
 mod requests;
 mod store;
@@ -30,8 +31,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::Semaphore;
-use tokio::task::JoinHandle;
+use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -39,16 +39,19 @@ use self::idempotency::Idempotency;
 use self::metrics::Counters;
 use super::permits::Permits;
 use super::refused_clients::RefusedClients;
+use super::transport::config::Endpoint;
 use super::transport::{
-    self, Address, Bind, Certificates, Entry, Handshakes, Io, Place, Plan, Remote, Service,
+    self, Address, Addresses, Bind, Connections, Entry, HandshakePlaces, Handshakes, Io, Place, Plan, Remote,
+    Service,
 };
-use crate::access::Access;
+use crate::access;
 use crate::hints::Hint;
 use crate::ingest::Ingest;
 use crate::telemetry::Failures;
 
 pub use self::config::Config;
 pub use self::metrics::METRICS;
+pub use self::reload::Prepared;
 
 /// Protocols that TLS offers, the best first (RFC 7301).
 const ALPN: &[&[u8]] = &[http2::ALPN, connection::ALPN];
@@ -65,7 +68,7 @@ const JOIN_MAX: Duration = Duration::from_secs(10);
 pub struct Deps {
     pub ingest: Arc<Ingest>,
     /// That of the MQTT listener.
-    pub access: Arc<Access>,
+    pub access: Arc<access::Current>,
     pub refused_clients: Arc<RefusedClients>,
     pub failures: Failures,
     pub shutdown: CancellationToken,
@@ -79,9 +82,10 @@ pub enum Error {
 
 /// What all connections share.
 pub struct Http {
-    config: Config,
+    /// The configuration in force. A connection keeps that of its beginning.
+    config: watch::Sender<Arc<Config>>,
     ingest: Arc<Ingest>,
-    access: Arc<Access>,
+    access: Arc<access::Current>,
     refused_clients: Arc<RefusedClients>,
     idempotency: Idempotency,
     /// Permits to hold bodies in memory.
@@ -99,26 +103,20 @@ pub struct Http {
 
 /// A running listener; ends after its shutdown token is cancelled.
 pub struct Handle {
-    addresses: Vec<Bind>,
+    addresses: Arc<Addresses<Http>>,
     tasks: TaskTracker,
-    accepting: Vec<JoinHandle<()>>,
-    #[cfg(test)]
     http: Arc<Http>,
 }
 
 impl Handle {
     /// Returns the addresses in the order of the configuration, with the ports that were taken.
-    pub fn addresses(&self) -> &[Bind] {
-        &self.addresses
+    pub fn addresses(&self) -> Vec<Bind> {
+        self.addresses.bound()
     }
 
     /// Returns when every connection has ended, or after [`JOIN_MAX`].
     pub async fn join(self) {
         let ended = async {
-            for task in self.accepting {
-                // A panic there is the process's to report; the others still end.
-                let _ = task.await;
-            }
             self.tasks.close();
             self.tasks.wait().await;
         };
@@ -141,15 +139,8 @@ pub async fn start(config: &Config, deps: Deps) -> Result<Handle, Error> {
     let Deps { ingest, access, refused_clients, failures, shutdown } = deps;
     let mut entries = Vec::new();
     for endpoint in &config.listeners {
-        let plan =
-            Plan { endpoint: endpoint.clone(), websocket: None, protocols: ALPN, transport: TRANSPORT };
-        entries.push(Entry::bind(plan).await?);
-        let bind = &endpoint.bind;
-        if !endpoint.is_local() && endpoint.allow_anonymous && !access.is_checked() {
-            tracing::warn!(%bind, "http: anyone who can reach this address may post messages (allow_anonymous)");
-        }
+        entries.push(Entry::bind(plan(endpoint)).await?);
     }
-    let addresses = entries.iter().map(Entry::address).collect();
     let (window, keys_max) = (config.idempotency_window.0, config.idempotency_keys_max as usize);
     let idempotency = Idempotency::load(&ingest, window, keys_max, request::now_us(), metrics::idempotency());
     let tasks = TaskTracker::new();
@@ -159,7 +150,7 @@ pub async fn start(config: &Config, deps: Deps) -> Result<Handle, Error> {
         windows: http2::windows(config.partial_bodies_bytes_max.0),
         further_requests: Arc::new(Semaphore::new(requests::FURTHER_MAX)),
         tasks: tasks.clone(),
-        config: config.clone(),
+        config: watch::Sender::new(Arc::new(config.clone())),
         ingest,
         access,
         refused_clients,
@@ -168,25 +159,40 @@ pub async fn start(config: &Config, deps: Deps) -> Result<Handle, Error> {
         counters: Counters::new(),
     });
     tasks.spawn(keep_house(http.clone()));
-    if config.listeners.iter().any(|endpoint| endpoint.tls.is_some()) {
-        let hangup = signal(SignalKind::hangup()).ok();
-        tasks.spawn(transport::keep_certificates(http.clone(), Certificates::of(&entries), hangup));
-    }
-    let room = Arc::new(Semaphore::new(config.connections_max as usize + GIVING_WAY_MAX));
+    config.listeners.iter().for_each(|endpoint| http.warn_of_strangers(endpoint));
+    let hangup = signal(SignalKind::hangup()).ok();
+    let (connections, places) = handshake_places(config);
     // Shared by all addresses: a connection keeps its place, and gives way whenever it asks nothing.
-    let places = Handshakes::new(config.connections_max as usize);
-    let accepting = entries
-        .into_iter()
-        .map(|entry| transport::accept(http.clone(), entry, room.clone(), places.clone(), tasks.clone()))
-        .map(tokio::spawn);
-    let accepting = accepting.collect();
-    Ok(Handle {
-        addresses,
-        accepting,
-        tasks,
-        #[cfg(test)]
-        http,
-    })
+    let handshakes = HandshakePlaces::Shared(Handshakes::new(places));
+    let connections = Connections::new(connections);
+    let addresses = Addresses::serve(http.clone(), entries, connections, handshakes, (tasks.clone(), hangup));
+    Ok(Handle { addresses: Arc::new(addresses), tasks, http })
+}
+
+/// Returns what is served on an address.
+fn plan(endpoint: &Endpoint) -> Plan {
+    Plan { endpoint: endpoint.clone(), websocket: None, protocols: ALPN, transport: TRANSPORT }
+}
+
+/// Returns the number of connections, with those that give way, and of places for them.
+fn handshake_places(config: &Config) -> (usize, usize) {
+    let places = config.connections_max as usize;
+    (places + GIVING_WAY_MAX, places)
+}
+
+impl Http {
+    /// Returns the configuration in force.
+    fn config(&self) -> Arc<Config> {
+        self.config.borrow().clone()
+    }
+
+    /// Warns of an address that serves whoever reaches it.
+    fn warn_of_strangers(&self, endpoint: &Endpoint) {
+        let bind = &endpoint.bind;
+        if !endpoint.is_local() && endpoint.allow_anonymous && !self.access.get().is_checked() {
+            tracing::warn!(%bind, "http: anyone who can reach this address may post messages (allow_anonymous)");
+        }
+    }
 }
 
 /// Forgets keys of requests whose time is over.
@@ -209,11 +215,11 @@ impl Service for Http {
     }
 
     fn handshake_timeout(&self) -> Duration {
-        self.config.request_timeout.0
+        self.config().request_timeout.0
     }
 
     fn looks_at_certificates(&self) -> bool {
-        self.access.looks_at_certificates()
+        self.access.get().looks_at_certificates()
     }
 
     fn accepted(&self) {
@@ -235,7 +241,7 @@ impl Service for Http {
     fn certificates_changed(&self, outcome: &'static str) {
         self.counters.tls_reload(outcome);
         if outcome == "taken" {
-            self.access.recheck();
+            self.access.get().recheck();
         }
     }
 

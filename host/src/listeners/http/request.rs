@@ -100,8 +100,8 @@ impl Connection {
         }
         let asked = Asked::read(&head.method, head.uri.path(), &head.headers)?;
         let body_max = match &asked {
-            Asked::One(_) => http.config.max_message_size.0,
-            Asked::Many(..) => http.config.max_batch_size.0,
+            Asked::One(_) => self.config.max_message_size.0,
+            Asked::Many(..) => self.config.max_batch_size.0,
         };
         check_length(&head.version, &head.headers, body, body_max)?;
         let key = idempotency_key(&head.headers)?;
@@ -119,7 +119,7 @@ impl Connection {
                 return Ok(answer::of_one(outcome, RETRY_AFTER_LONG));
             }
         }
-        let time = http.config.request_timeout.0;
+        let time = self.config.request_timeout.0;
         let body = body::read(body, body_max as usize, time, &http.bodies, window).await?;
         let _whole = self.requests.whole();
         let Body { bytes, .. } = &body;
@@ -127,7 +127,7 @@ impl Connection {
         let mut items = match &asked {
             Asked::One(topic) => one(topic, bytes, &head.headers),
             Asked::Many(format, topic) => {
-                let most = http.config.batch_messages_max as usize;
+                let most = self.config.batch_messages_max as usize;
                 batch::parse(bytes, *format, topic.as_deref(), most).map_err(|malformed| match malformed {
                     Malformed::Json(error) => Refusal::bad("batch", format!("not a batch: {error}")),
                     Malformed::TooMany => {
@@ -137,7 +137,7 @@ impl Connection {
                 })?
             }
         };
-        let sizes_max = http.config.max_message_size.0 as usize;
+        let sizes_max = self.config.max_message_size.0 as usize;
         for item in items.items.iter_mut().filter(|item| item.payload.len() > sizes_max) {
             item.outcome = Outcome::TooLarge;
         }
@@ -165,7 +165,7 @@ impl Connection {
     async fn allowed(&self, slot: &Slot, topics: &[impl AsRef<str>]) -> Result<Vec<Outcome>, Refusal> {
         let mut client = self.admit(slot).await?;
         let rights = &mut client.as_mut().expect("it was let in").rights;
-        let access = &self.http.access;
+        let access = rights.access().clone();
         let known = |topic: &str| {
             if !topic::is_valid_name(topic) {
                 return Some(Outcome::BadTopic);
@@ -250,7 +250,8 @@ impl Connection {
             own.fill(now);
             own.wait()
         });
-        let all = self.http.access.publishes().map(wait);
+        let access = self.http.access.get();
+        let all = access.publishes().map(wait);
         let wait = own.into_iter().chain(all).max().unwrap_or_default();
         if wait.is_zero() {
             return Ok(());
@@ -267,7 +268,7 @@ impl Connection {
         if let Some(own) = &self.allowance {
             lock(own).spend(messages, bytes);
         }
-        if let Some(all) = self.http.access.publishes() {
+        if let Some(all) = self.http.access.get().publishes() {
             lock(all).spend(messages, bytes);
         }
     }

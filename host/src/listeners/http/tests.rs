@@ -1,6 +1,7 @@
 //! The listener over real sockets, against streams in memory.
 
 mod http2;
+mod reload;
 
 use std::net::SocketAddr;
 
@@ -44,7 +45,7 @@ impl Host {
         let failures = Failures::default();
         let deps =
             access::Deps { secret: &[0; 32], plugins: None, wait_max: HUNG_AFTER, failures: &failures };
-        let access = Arc::new(Access::open(rules.as_ref(), &limits, &deps).unwrap());
+        let access = access::Current::new(access::Access::open(rules.as_ref(), &limits, &deps).unwrap());
         let shutdown = CancellationToken::new();
         let deps = Deps {
             ingest: Arc::new(Ingest::new(streams, Arc::default())),

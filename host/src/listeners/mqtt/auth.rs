@@ -101,13 +101,14 @@ impl Method {
         packet_bytes_max: usize,
         who: &Credentials<'_>,
     ) -> Result<(Admitted, Bytes), Denial> {
-        let begun = unless_gone(broker, io, input, broker.access.begin(&self.name, &self.data, who)).await?;
+        let access = broker.access.get();
+        let begun = unless_gone(broker, io, input, access.begin(&self.name, &self.data, who)).await?;
         let mut step = begun.map_err(denial)?;
         for _ in 0..ROUNDS_MAX {
             let (data, exchange) = match step {
                 Step::Ask { data, exchange } => (data, exchange),
                 Step::Done { data, identity } => {
-                    return Ok((broker.access.rights(identity, who.client_id, who.proof), data.into()));
+                    return Ok((access.rights(identity, who.client_id, who.proof), data.into()));
                 }
             };
             if let Some(user) = exchange.user() {
@@ -138,7 +139,9 @@ impl Method {
             Denial::new(reason.unwrap_or(ConnectAckReason::MalformedPacket), "malformed")
         };
         loop {
-            if let Some(frame) = wire::frame(input, first_packet_bytes_max(broker)).map_err(fault)? {
+            if let Some(frame) =
+                wire::frame(input, first_packet_bytes_max(&broker.config())).map_err(fault)?
+            {
                 broker.counters.received.add_one(frame.first);
                 let len = frame.len;
                 let packet = wire::decode(Version::V5, &input.split_to(len)).map_err(fault)?;
@@ -280,7 +283,7 @@ impl Again {
         let looking = self.looking(broker, inbound, will);
         let (rounds, until, look) = match (self.running.take(), code) {
             (None, AuthReasonCode::ReAuth) => {
-                let until = Instant::now() + broker.config.connect_timeout.0;
+                let until = Instant::now() + broker.config().connect_timeout.0;
                 (1, until, tokio::spawn(looking.begin(data)))
             }
             (
@@ -370,7 +373,7 @@ impl Again {
             }
             Looked::Done { data, mut rights, .. } => {
                 put(AuthReasonCode::Success, data)?;
-                watch(broker, &mut rights, &session);
+                watch(&mut rights, &session);
                 inbound.renew(*rights);
                 return Ok(());
             }
@@ -392,7 +395,7 @@ pub async fn look(again: Option<&mut Again>) -> Looked {
 
 impl Looking {
     async fn begin(self, data: Bytes) -> Looked {
-        let begun = self.broker.access.begin(&self.method, &data, &self.who()).await;
+        let begun = self.broker.access.get().begin(&self.method, &data, &self.who()).await;
         self.after(begun).await
     }
 
@@ -421,7 +424,7 @@ impl Looking {
             Ok(Step::Ask { data, exchange }) => Looked::Ask { data, exchange },
             Ok(Step::Done { data, identity }) if identity.name == self.name => {
                 let client_id = &self.session.client_id;
-                let rights = self.broker.access.rights(identity, client_id, self.remote.proof());
+                let rights = self.broker.access.get().rights(identity, client_id, self.remote.proof());
                 self.ask(data, Box::new(rights)).await
             }
             Ok(Step::Done { .. }) | Err(_) => Looked::Failed,
@@ -462,9 +465,9 @@ fn report_forgotten(broker: &Broker, session: &Session, will: &Will) {
 }
 
 /// Wakes the connection to check its deadline when its rights are revoked.
-pub fn watch(broker: &Broker, rights: &mut Admitted, session: &Arc<Session>) {
+pub fn watch(rights: &mut Admitted, session: &Arc<Session>) {
     let session = session.clone();
-    broker.access.watch(rights, move || session.wake.notify_one());
+    rights.access().clone().watch(rights, move || session.wake.notify_one());
 }
 
 /// Returns when the running exchange must be finished, or the client's credentials expire.

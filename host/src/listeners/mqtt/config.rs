@@ -18,52 +18,59 @@ use crate::units::{ByteSize, Period};
 /// packet ids need the rest.
 const STATE_BYTES_MOST: u64 = 48 << 20;
 
-/// MQTT 3.1.1 and 5.0 for devices and subscribers.
+/// MQTT 3.1.1 and 5.0 for devices and subscribers. A key that a reload changes applies at once, unless its
+/// text says otherwise.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Addresses to listen on. The MQTT version is detected for each connection.
+    /// Addresses to listen on. The MQTT version is detected for each connection. A reload opens new addresses
+    /// and closes those that are gone, whose clients are disconnected (0x98). Other settings of an address
+    /// are for new connections.
     pub listeners: Vec<Endpoint>,
-    /// Who may connect, publish and subscribe. If unset, every client may do everything.
+    /// Who may connect, publish and subscribe. If unset, every client may do everything. A reload changes the
+    /// rights of connected clients too, and disconnects those that it no longer admits (0x87).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub access: Option<access::Config>,
     /// Rate and size limits.
     pub limits: access::Limits,
-    /// Largest packet that a client may send. MQTT 5 clients are told this limit.
+    /// Largest packet that a client may send. MQTT 5 clients are told this limit. A reload changes it for
+    /// new connections.
     pub max_packet_size: ByteSize,
-    /// Bytes of partly received packets of all clients together. Beyond this, a packet of more than 4
-    /// KiB is not read further until there is room for all of it, and a client that has room and sends
-    /// less than 10 KiB in 10 s while others wait is disconnected (0x97).
+    /// Bytes of partly received packets of all clients together. Beyond this, a packet of more than 4 KiB
+    /// is not read further until there is room for all of it, and a client that has room and sends less
+    /// than 10 KiB in 10 s while others wait is disconnected (0x97). A change needs a restart.
     pub partial_packets_bytes_max: ByteSize,
     /// Unacknowledged QoS 1 and 2 publishes that an MQTT 5 client may have. One more is a protocol error
-    /// (0x93).
+    /// (0x93). A reload changes it for new connections.
     pub receive_maximum: u16,
     /// QoS 1 and 2 messages in flight. For publishes of an MQTT 3.1.1 client, its connection is not read
-    /// while so many are unacknowledged. For messages to an MQTT 5 client, this is the upper limit of
-    /// its Receive Maximum.
+    /// while so many are unacknowledged. For messages to an MQTT 5 client, this is the upper limit of its
+    /// Receive Maximum. A reload changes it for new connections.
     pub inflight_max: u16,
     /// Unacknowledged QoS 1 and 2 messages that may be sent to a client that names no Receive Maximum;
     /// MQTT 3.1.1 has none. At most `inflight_max`. A client may accept fewer messages than it is sent,
     /// and lose the others: a Mosquitto bridge accepts 20 with QoS 2 (`max_inflight_messages`). A larger
-    /// value is faster if acknowledgements take long.
+    /// value is faster if acknowledgements take long. A reload changes it for new connections.
     pub outbound_inflight_max: u16,
-    /// Topic aliases that an MQTT 5 client may set. 0 turns them off.
+    /// Topic aliases that an MQTT 5 client may set. 0 turns them off. A reload changes it for new
+    /// connections.
     pub topic_alias_maximum: u16,
     /// Topic aliases that the host uses for messages to an MQTT 5 client that accepts them. Each keeps
-    /// its topic in memory. 0 turns them off.
+    /// its topic in memory. 0 turns them off. A reload changes it for new connections.
     pub outbound_topic_alias_maximum: u16,
     /// Connections at a time. A further connection is refused. Each is an open file: the hard limit on
     /// open files (`ulimit -Hn`, `LimitNOFILE=` of systemd) must be higher.
     pub connections_max: u32,
     /// Longest keep alive. An MQTT 5 client that asks for a longer one, or for none, is told this value
     /// (Server Keep Alive) and held to it. Clients of older versions cannot be told, and are held to
-    /// their own. If unset, there is no limit.
+    /// their own. If unset, there is no limit. A reload changes it for new connections.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub keep_alive_max: Option<Period>,
-    /// Sessions kept, with or without a connected client. A new session beyond this is refused.
+    /// Sessions kept, with or without a connected client. A new session beyond this is refused. A reload
+    /// changes it for new connections.
     pub sessions_max: u32,
     /// Longest time that a session is kept while its client is not connected. MQTT 3.1.1 sessions with
-    /// clean session 0 are kept for this time.
+    /// clean session 0 are kept for this time. A reload changes it for new connections.
     pub session_expiry_max: Period,
     /// Subscriptions of one client. Its filters together may have ten times as many topic levels.
     pub subscriptions_per_client_max: u32,
@@ -82,7 +89,8 @@ pub struct Config {
     /// connection is disconnected instead.
     pub queue_when_full: WhenFull,
     /// Bytes of messages that are copied for sessions before retention removes them from their streams.
-    /// Messages beyond this are dropped and counted. The copies take up to about twice as much on disk.
+    /// Messages beyond this are dropped and counted. The copies take up to about twice as much on disk. A
+    /// change needs a restart.
     pub queue_copies_bytes_max: ByteSize,
     /// Memory that the queues of all subscribers take together: 64 bytes for each message that is queued
     /// or in flight, and the messages that are held in memory. One eighth is reserved for messages of
@@ -92,31 +100,33 @@ pub struct Config {
     /// that, a subscriber takes more only while it has less than its share of the last quarter; for any
     /// other the queue is full. Half of that quarter is divided evenly among the sessions whose clients
     /// are not connected, and the other half (or all of it, if all clients are connected) among those
-    /// whose clients are. In addition, each session has 1 KiB. If unset: a quarter of the memory that
-    /// the host may use.
+    /// whose clients are. In addition, each session has 1 KiB. If unset: a quarter of the memory that the
+    /// host may use. A change needs a restart.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub queues_bytes_max: Option<ByteSize>,
     /// Memory that the subscriptions of all clients take together, divided as `queues_bytes_max` is. A
     /// further subscription is refused in SUBACK (0x97). If unset: an eighth of the memory that the host
-    /// may use.
+    /// may use. A change needs a restart.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub subscriptions_bytes_max: Option<ByteSize>,
     /// Memory that topic aliases, messages that wait for room in their stream, and unsent packets take
     /// for all connections together, divided as `queues_bytes_max` is. Beyond this, a client that sets a
     /// topic alias is disconnected (0x97), and packets are read and written in smaller pieces. If unset:
-    /// an eighth of the memory that the host may use.
+    /// an eighth of the memory that the host may use. A change needs a restart.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub connections_bytes_max: Option<ByteSize>,
-    /// Number of retained messages.
+    /// Number of retained messages. A change needs a restart.
     pub retained_messages_max: u32,
     /// Bytes of retained messages. They are part of the state of their stream, and every segment of the
-    /// stream begins with a copy of its state.
+    /// stream begins with a copy of its state. A change needs a restart.
     pub retained_bytes_max: ByteSize,
-    /// Bytes of one will with its topic, its properties and the client id. A client with a larger will
-    /// is refused (0x95). A CONNECT packet has at most 64 KiB, or this size if it is larger.
+    /// Bytes of one will with its topic, its properties and the client id. A client with a larger will is
+    /// refused (0x95). A CONNECT packet has at most 64 KiB, or this size if it is larger. A reload
+    /// changes it for new connections.
     pub will_bytes_max: ByteSize,
     /// Bytes of all wills. A client for whose will there is no room is refused (0x97). Wills are part of
-    /// the state of their stream, as retained messages are; both together have at most 48 MiB.
+    /// the state of their stream, as retained messages are; both together have at most 48 MiB. A change
+    /// needs a restart.
     pub wills_bytes_max: ByteSize,
     /// After a restart, how long the wills of clients that were connected before are delayed at least,
     /// so that the clients can connect again.
@@ -128,14 +138,15 @@ pub struct Config {
     /// all clients behind one load balancer.
     pub handshakes_max: u32,
     /// Time from the start of MQTT on a connection to the end of its CONNECT packet. PROXY header, TLS
-    /// and WebSocket handshakes together may take as long before that.
+    /// and WebSocket handshakes together may take as long before that. A reload changes it for new
+    /// connections.
     pub connect_timeout: Period,
     /// How long pending acknowledgements may still take at shutdown.
     pub drain_timeout: Period,
     /// How often `$SYS` topics are published. 0 turns them off.
     pub sys_interval: Period,
     /// Store the client id as property `client-id` with every message, even if the topic names the
-    /// device.
+    /// device. A reload changes it for new connections.
     pub keep_client_id: bool,
 }
 
@@ -267,6 +278,10 @@ impl Default for Config {
 }
 
 impl Config {
+    pub fn packet_bytes_max(&self) -> usize {
+        self.max_packet_size.0 as usize
+    }
+
     /// Returns the number of unacknowledged QoS 1 and 2 messages that may be sent to a client.
     pub fn outbound_window(&self, receive_maximum: Option<NonZeroU16>) -> u16 {
         receive_maximum.map_or(self.outbound_inflight_max, NonZeroU16::get).min(self.inflight_max)

@@ -8,6 +8,7 @@ mod delivering;
 mod ending;
 mod last;
 mod packets;
+mod renewing;
 #[cfg(test)]
 mod tests;
 
@@ -26,10 +27,11 @@ use tokio::task::coop::consume_budget;
 use tokio::task::yield_now;
 use tokio::time::{Instant, Sleep, sleep_until, timeout};
 
-use self::changing::{Changing, changed};
+use self::changing::Changing;
 use self::delivering::{Moved, Outward, outward};
 use self::ending::{End, Leaving, linger};
 use self::last::LastReads;
+use self::renewing::{Renewed, Renewing, held};
 use super::Broker;
 use super::acks::Stopped;
 use super::aliases::Aliases;
@@ -69,6 +71,7 @@ thread_local! {
 struct Connection<'b, S> {
     broker: &'b Arc<Broker>,
     io: S,
+    remote: Arc<Remote>,
     session: Arc<Session>,
     peer: Peer,
     /// Re-authentication, if CONNECT named an authentication method.
@@ -80,7 +83,10 @@ struct Connection<'b, S> {
     /// The will of the client.
     will: Option<Box<Will>>,
     is_bridge: bool,
+    is_id_assigned: bool,
     tells_reasons: bool,
+    /// The renewal of the client's rights, while one is under way.
+    renewing: Option<Box<Renewing>>,
     /// An incomplete packet, or input that waits for room.
     input: BytesMut,
     stopped_at: Next,
@@ -91,10 +97,11 @@ struct Connection<'b, S> {
     counted: usize,
     acks_waiting: Part<'b>,
     last_read: Instant,
-    keep_alive: Option<Duration>,
+    /// Keep alive of the client in seconds, if it has one.
+    keep_alive_s: Option<u16>,
     /// What deliveries wait for.
     outward: Option<Box<Outward>>,
-    /// The host stops: nothing more is read, waiting acks may go out until the timer fires.
+    /// The host stops, or the listener's address is closed: nothing more is read, waiting acks may go out until the timer fires.
     drains: bool,
     /// The client has left. What it sent before is still taken in.
     has_left: bool,
@@ -115,12 +122,12 @@ pub async fn serve<S>(broker: Arc<Broker>, io: S, remote: Remote, mut place: Pla
 where
     S: AsyncRead + AsyncWrite + Unpin + Send,
 {
-    let remote = Arc::new(remote);
-    let Some((mut connection, leaving)) = Box::pin(open(&broker, io, &remote, &mut place)).await else {
+    let Some((mut connection, leaving)) = Box::pin(open(&broker, io, Arc::new(remote), &mut place)).await
+    else {
         return;
     };
     let end = connection.run().await;
-    Box::pin(connection.leave(end, &remote, place, leaving)).await;
+    Box::pin(connection.leave(end, place, leaving)).await;
 }
 
 /// Handles CONNECT, and makes durable what its CONNACK promises. Returns `None` if the client is
@@ -128,7 +135,7 @@ where
 async fn open<'b, S>(
     broker: &'b Arc<Broker>,
     mut io: S,
-    remote: &Arc<Remote>,
+    remote: Arc<Remote>,
     place: &mut Place,
 ) -> Option<(Connection<'b, S>, Leaving)>
 where
@@ -136,16 +143,17 @@ where
 {
     let mut input = BytesMut::new();
     let accepted = timeout(
-        broker.config.connect_timeout.0,
-        handshake::accept(broker, &mut io, &mut input, remote, place),
+        broker.config().connect_timeout.0,
+        handshake::accept(broker, &mut io, &mut input, &remote, place),
     );
     let accepted = tokio::select! {
         accepted = accepted => accepted,
         () = place.gives_way() => {
-            transport::gave_way(&**broker, remote);
+            transport::gave_way(&**broker, &remote);
             return None;
         }
         () = broker.shutdown.cancelled() => return None,
+        () = remote.closing.closed() => return None,
     };
     let opened = match accepted {
         Ok(Ok(opened)) => opened,
@@ -168,6 +176,7 @@ where
     place.handshake_ended();
     let Opened { session, turn, peer, aliases, keep_alive_s, rights, user_place, will, auth, answer, .. } =
         opened;
+    let config = opened.config;
     tracing::debug!(client = &*session.client_id, %remote, version = ?peer.version, "client connected");
     broker.client_connected(1);
     session.connected(Connected {
@@ -185,10 +194,13 @@ where
         peer,
         aliases,
         auth: auth.map(|(method, username)| Box::new(Again::new(method, username, remote.clone()))),
-        inbound: Inbound::new(broker, peer.version, session, rights, opened.tells_reasons),
+        remote,
+        inbound: Inbound::new(broker, (peer.version, config), session, rights, opened.tells_reasons),
         changing: None,
         will: will.map(Box::new),
         is_bridge: opened.is_bridge,
+        is_id_assigned: opened.assigned,
+        renewing: None,
         tells_reasons: opened.tells_reasons,
         input,
         stopped_at: Next::Bytes,
@@ -197,7 +209,7 @@ where
         counted: 0,
         acks_waiting: Part::of(&broker.counters.acks_waiting),
         last_read: Instant::now(),
-        keep_alive: (keep_alive_s > 0).then(|| Duration::from_millis(u64::from(keep_alive_s) * 1_500)),
+        keep_alive_s: Some(keep_alive_s).filter(|s| *s > 0),
         outward: None,
         drains: false,
         has_left: false,
@@ -212,7 +224,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         if self.broker.shutdown.is_cancelled() {
             self.session.wake.notify_one();
         }
-        let mut timer = Box::pin(tokio::time::sleep(self.keep_alive.unwrap_or(FOREVER)));
+        let mut timer = Box::pin(tokio::time::sleep(self.keep_alive().unwrap_or(FOREVER)));
         loop {
             if let Err(end) = self.work().await {
                 return end;
@@ -259,6 +271,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
                 Ok(())
             }
             Event::Changed(answer) => self.changed(answer),
+            Event::Renewed(renewed) => self.renewed(renewed),
             Event::Io(Io::Lost) if self.waits_briefly() => {
                 self.has_left = true;
                 Ok(())
@@ -295,15 +308,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
 
     /// Does everything that can be done without waiting.
     async fn work(&mut self) -> Result<(), End> {
+        self.keep_up()?;
         if self.changing.is_some() {
             self.inbound.hold(!self.answers_first());
         }
         loop {
             while !self.input.is_empty() && !self.drains {
-                let (used, next) = self
-                    .inbound
-                    .take(self.broker, &self.input, &mut self.out)
-                    .map_err(|trouble| End::of(trouble, &self.input, self.broker.packet_bytes_max))?;
+                let (used, next) =
+                    self.inbound.take(self.broker, &self.input, &mut self.out).map_err(|trouble| {
+                        End::of(trouble, &self.input, self.inbound.config().packet_bytes_max())
+                    })?;
                 self.input.advance(used);
                 self.stopped_at = next;
                 match self.stopped_at {
@@ -320,9 +334,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
                 }
             }
             // The acknowledgements that go out now may be what the rest of the input waits for.
-            let waits = self.stopped_at == Next::Room && self.inbound.waits_for_acks(self.broker);
+            let waits = self.stopped_at == Next::Room && self.inbound.waits_for_acks();
             self.inbound.write_acks(self.broker, &mut self.out);
-            if !waits || self.drains || self.inbound.waits_for_acks(self.broker) {
+            if !waits || self.drains || self.inbound.waits_for_acks() {
                 break;
             }
             consume_budget().await;
@@ -343,8 +357,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
 
     /// Returns whether the waiting input will be processed soon.
     fn waits_briefly(&self) -> bool {
-        let waits_for_acks = self.stopped_at == Next::Room && self.inbound.waits_for_acks(self.broker);
-        waits_for_acks || self.answers_first() || self.inbound.is_asking()
+        let waits_for_acks = self.stopped_at == Next::Room && self.inbound.waits_for_acks();
+        let is_held = self.answers_first() || self.renewing.is_some();
+        waits_for_acks || is_held || self.inbound.is_asking()
     }
 
     /// Returns whether deliveries wait for a SUBACK, as most clients expect. They do not wait while the
@@ -361,12 +376,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
 
     /// Processes bytes in the read buffer, and copies only the rest into the input.
     fn take_fresh(&mut self, fresh: &[u8]) -> Result<(), End> {
+        self.keep_up()?;
         let mut used = 0;
         if self.input.is_empty() {
             (used, self.stopped_at) = self
                 .inbound
                 .take(self.broker, fresh, &mut self.out)
-                .map_err(|trouble| End::of(trouble, fresh, self.broker.packet_bytes_max))?;
+                .map_err(|trouble| End::of(trouble, fresh, self.inbound.config().packet_bytes_max()))?;
         }
         self.input.extend_from_slice(&fresh[used..]);
         Ok(())
@@ -390,7 +406,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         let read_max = if self.out.len() < WRITE_PAUSE_BYTES { self.read_max() } else { 0 };
         let (io, out) = (&mut self.io, &mut self.out);
         let stalled = self.inbound.is_stalled();
-        let pause = (self.stopped_at == Next::Room).then(|| self.inbound.pause(self.broker)).flatten();
+        let pause = (self.stopped_at == Next::Room).then(|| self.inbound.pause()).flatten();
         let pause = pause.map(|pause| Box::pin(tokio::time::sleep(pause)));
         let paid = async {
             match pause {
@@ -413,7 +429,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         tokio::select! {
             biased;
             () = answered => Event::Answered,
-            answer = changed(self.changing.as_deref_mut()) => Event::Changed(answer),
+            event = held(self.changing.as_deref_mut(), self.renewing.as_deref_mut()) => event,
             looked = auth::look(self.auth.as_deref_mut()) => Event::Looked(Box::new(looked)),
             event = poll_fn(|cx| poll_io(io, out, read_max, cx)), if !self.has_left => Event::Io(event),
             moved = acks.moved() => Event::Durable(moved),
@@ -443,7 +459,17 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         self.session.kicked.load(Ordering::Acquire)
             || self.session.is_wanted()
             || self.session.overflow.load(Ordering::Acquire)
-            || !self.drains && self.broker.shutdown.is_cancelled()
+            || !self.drains && self.is_to_drain()
+    }
+
+    /// Returns whether the host stops, or the listener's address is closed.
+    fn is_to_drain(&self) -> bool {
+        self.remote.closing.is_closed() || self.broker.shutdown.is_cancelled()
+    }
+
+    /// Returns the end of a connection that has drained.
+    fn drained(&self) -> End {
+        if self.broker.shutdown.is_cancelled() { End::Shutdown } else { End::ListenerClosed }
     }
 
     fn called(&mut self, mut timer: Pin<&mut Sleep>) -> Result<(), End> {
@@ -456,8 +482,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         if self.session.overflow.load(Ordering::Acquire) {
             return Err(End::Slow);
         }
-        if self.broker.shutdown.is_cancelled() && !self.drains {
-            let until = Instant::now() + self.broker.config.drain_timeout.0;
+        if !self.drains && self.is_to_drain() {
+            let until = Instant::now() + self.broker.config().drain_timeout.0;
             self.drains = true;
             self.inbound.drain();
             timer.as_mut().reset(until);
@@ -465,13 +491,17 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         Ok(())
     }
 
-    /// Checks keep alive, which is 1.5 times the client's interval (MQTT 5.0, 3.1.2.10). It does not
-    /// apply while the client's socket is not read.
+    /// Returns the longest silence of the client: 1.5 times its interval (MQTT 5.0, 3.1.2.10).
+    fn keep_alive(&self) -> Option<Duration> {
+        self.keep_alive_s.map(|s| Duration::from_millis(u64::from(s) * 1_500))
+    }
+
+    /// Checks keep alive, which does not apply while the client's socket is not read.
     fn timer_fired(&mut self, mut timer: Pin<&mut Sleep>) -> Result<(), End> {
         if self.drains {
-            return Err(End::Shutdown);
+            return Err(self.drained());
         }
-        let Some(keep_alive) = self.keep_alive else {
+        let Some(keep_alive) = self.keep_alive() else {
             timer.as_mut().reset(Instant::now() + FOREVER);
             return Ok(());
         };
@@ -496,7 +526,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         }
         let is_waiting = self.inbound.is_waiting() || self.changing.is_some();
         let drained = self.drains && !is_waiting && self.out.is_empty();
-        drained.then_some(End::Shutdown)
+        drained.then(|| self.drained())
     }
 }
 
@@ -513,6 +543,8 @@ enum Event {
     Answered,
     /// A SUBSCRIBE or UNSUBSCRIBE is complete.
     Changed(Result<Box<Packet>, Stopped>),
+    /// The client's rights are renewed after a reload.
+    Renewed(Renewed),
     /// The check of the client's re-authentication is complete.
     Looked(Box<Looked>),
     AuthDeadline,

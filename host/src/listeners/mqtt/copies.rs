@@ -613,7 +613,7 @@ impl Copies {
 /// begun. Returns false if there is no persistent session. Messages that move between sessions meanwhile
 /// are seen too.
 fn look(broker: &Broker, mut see: impl FnMut(&[(Place, bool)])) -> bool {
-    let age_us = u64::try_from(broker.config.queue_age_max.0.as_micros()).unwrap_or(u64::MAX);
+    let age_us = u64::try_from(broker.config().queue_age_max.0.as_micros()).unwrap_or(u64::MAX);
     let oldest_us = broker.clock.now_us().saturating_sub(age_us);
     let (mut any, mut places) = (false, Vec::new());
     broker.live.note_passed();

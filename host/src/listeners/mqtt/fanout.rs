@@ -30,7 +30,7 @@ use self::sent::{Met, Sent};
 use self::share_records::ShareRecords;
 use super::Broker;
 use super::lock_order::{Locked, Rank, in_order};
-use super::outbound::{Ids, Message, Place, QueueLimits, RetainedFrom};
+use super::outbound::{Ids, Message, Place, QueueLimits, RetainedFrom, SharedLimits};
 use super::session::Session;
 use super::subscriptions::{Filter, Options, Path, Tree, is_live, is_shared};
 use super::sys;
@@ -67,7 +67,7 @@ pub struct Live {
     dollar: AtomicUsize,
     /// Number of subscriptions with No Local, which require messages to name their publisher.
     no_local: AtomicUsize,
-    limits: QueueLimits,
+    limits: SharedLimits,
     /// Number of lanes that have not caught up, of all streams.
     lanes: AtomicUsize,
     /// Number of clients that have connected, plus one: see [`Share::is_deserted`].
@@ -117,6 +117,11 @@ pub struct Subscription {
 }
 
 impl Live {
+    /// Changes the bounds of all queues. What is queued beyond lower ones stays until its time.
+    pub fn set_limits(&self, limits: QueueLimits) {
+        self.limits.set(limits);
+    }
+
     /// Creates live delivery with the `sessions` and `shares` of the last run.
     pub fn new(
         streams: &[Arc<dyn Stream>],
@@ -141,7 +146,7 @@ impl Live {
             subscriptions: AtomicUsize::new(0),
             dollar: AtomicUsize::new(0),
             no_local: AtomicUsize::new(0),
-            limits,
+            limits: SharedLimits::new(limits),
             arrivals: AtomicU64::new(1),
             passed: RwLock::new(Passed { seen: None, shares: ShareRecords::of(shares) }),
         }
@@ -448,7 +453,7 @@ impl Live {
             let as_published = same.iter().any(|s| s.options.retain_as_published);
             let ids: Ids = same.iter().map(|s| s.options.id).filter(|id| *id != 0).collect();
             if let Some(queued) = sent.queued(qos, as_published, ids, None) {
-                let offered = same[0].session.outbox().offer(queued, self.limits, || sent.whole());
+                let offered = same[0].session.outbox().offer(queued, self.limits.get(), || sent.whole());
                 wakes.offered(&same[0].session, offered);
             }
         }

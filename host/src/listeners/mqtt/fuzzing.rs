@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::config::Config;
 use super::copies::Copies;
+use super::engines::Engines;
 use super::lineages::Lineages;
 use super::outbound::Message;
 use super::owner::Owner;
@@ -255,7 +256,7 @@ fn broker_of(
     .expect("there are no rules");
     let mut lineages = Lineages::read(&*deps.broker, deps.ingest.streams());
     let copies = Copies::new(&deps, 1 << 20, &mut lineages);
-    let broker = Broker::new(config, access, copies, lineages, deps);
+    let broker = Broker::new(config, (access, Engines::default()), copies, lineages, deps);
     // A store without room has it done later.
     let _ = broker.renew_records();
     broker

@@ -18,6 +18,7 @@ use super::acks::Stopped;
 use super::aliases::Aliases;
 use super::auth::{self, Denial, Method};
 use super::clients;
+use super::config::Config;
 use super::inbound::push_sender;
 use super::outbound::Peer;
 use super::owner::{Owner, USER_NAME_BYTES_MAX};
@@ -41,6 +42,10 @@ const _: () = assert!(CLIENT_ID_BYTES_MAX == 512 && USER_NAME_BYTES_MAX == 1_024
 
 /// A client whose CONNACK is in `answer`, and not sent yet.
 pub struct Opened {
+    /// The configuration when the client connected.
+    pub config: Arc<Config>,
+    /// Whether the host chose the client id.
+    pub assigned: bool,
     pub session: Arc<Session>,
     pub turn: Turn,
     pub peer: Peer,
@@ -63,6 +68,7 @@ pub struct Opened {
 
 /// The requests in CONNECT, the same for all versions.
 struct Asked {
+    config: Arc<Config>,
     version: Version,
     client_id: String,
     assigned: bool,
@@ -104,7 +110,7 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
         Ok(rights) => rights,
         Err(denial) => return Err(asked.denied(remote, denial)),
     };
-    let owner = Owner::of(&broker.access, &rights.identity);
+    let owner = Owner::of(rights.access(), &rights.identity);
     let (session, turn) = asked.claim(broker, remote, &owner).await?;
     // While nobody else has the session, and before anything of it changes.
     let other = session.other_owner(&owner);
@@ -159,16 +165,18 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
     }
     // Last: until it returns, the client is not back, and a connect that is given up changes no will.
     broker.wills.client_is_back(broker, &asked.client_id, &owner, resumed).await;
-    auth::watch(broker, &mut rights, &session);
-    let answer = asked.connack(broker, resumed);
+    auth::watch(&mut rights, &session);
+    let answer = asked.connack(resumed);
     let peer =
         Peer { version: asked.version, window: asked.window, packet_bytes_max: asked.packet_bytes_max };
     Ok(Opened {
+        config: asked.config.clone(),
+        assigned: asked.assigned,
         session,
         turn,
         peer,
         aliases: Aliases::within(asked.aliases_max, &broker.rooms.connections),
-        keep_alive_s: asked.server_keep_alive_s(broker).unwrap_or(asked.keep_alive_s),
+        keep_alive_s: asked.server_keep_alive_s().unwrap_or(asked.keep_alive_s),
         is_bridge: asked.is_bridge,
         tells_reasons: asked.tells_reasons,
         rights,
@@ -181,7 +189,7 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
 
 impl Asked {
     fn new(
-        version: Version,
+        (version, config): (Version, &Arc<Config>),
         client_id: &str,
         username: Option<&str>,
         will: Option<Will>,
@@ -191,6 +199,7 @@ impl Asked {
         let client_id =
             if assigned { format!("auto-{}", uuid::Uuid::new_v4().simple()) } else { client_id.to_owned() };
         let mut asked = Self {
+            config: config.clone(),
             version,
             client_id,
             assigned,
@@ -268,7 +277,7 @@ impl Asked {
         if broker.sessions.get(&self.client_id).is_some_and(|session| is_anothers(&session)) {
             return Err(self.refused(remote, "session_owner", invalid));
         }
-        let sessions_max = broker.config.sessions_max as usize;
+        let sessions_max = self.config.sessions_max as usize;
         let quota = ConnectAckReason::QuotaExceeded;
         let since = Instant::now();
         let claimed = broker.sessions.claim(&self.client_id, sessions_max).await;
@@ -331,8 +340,8 @@ impl Asked {
 
     /// Returns the Server Keep Alive (MQTT 5.0, 3.2.2.3.14). Clients of older versions cannot be told,
     /// and keep their own.
-    fn server_keep_alive_s(&self, broker: &Broker) -> Option<u16> {
-        let max = broker.config.keep_alive_max.as_ref()?.0.as_secs().try_into().unwrap_or(u16::MAX);
+    fn server_keep_alive_s(&self) -> Option<u16> {
+        let max = self.config.keep_alive_max.as_ref()?.0.as_secs().try_into().unwrap_or(u16::MAX);
         let is_longer = self.keep_alive_s == 0 || self.keep_alive_s > max;
         (self.version == Version::V5 && is_longer).then_some(max)
     }
@@ -345,8 +354,9 @@ impl Asked {
         input: &mut BytesMut,
         remote: &Remote,
     ) -> Result<Admitted, Denial> {
-        self.check_size(broker)?;
-        if !broker.access.may_connect(remote.address.ip()) {
+        self.check_size()?;
+        let access = broker.access.get();
+        if !access.may_connect(remote.address.ip()) {
             return Err(Denial::new(ConnectAckReason::ConnectionRateExceeded, "connect_rate"));
         }
         let who = Credentials {
@@ -359,48 +369,49 @@ impl Asked {
             ip: remote.address.ip(),
             is_connected: false,
             entrance: &remote.entrance,
-            allow_anonymous: remote.entrance.allow_anonymous,
+            allow_anonymous: remote.entrance.allows_anonymous(),
         };
         let mut rights = match &self.auth {
             None => {
-                auth::unless_gone(broker, io, input, broker.access.admit(&who)).await?.map_err(|denied| {
-                    match denied {
+                auth::unless_gone(broker, io, input, access.admit(&who)).await?.map_err(
+                    |denied| match denied {
                         Denied::BadCredentials => {
                             Denial::new(ConnectAckReason::BadUserNameOrPassword, "bad_credentials")
                         }
                         other => auth::denial(other),
-                    }
-                })?
+                    },
+                )?
             }
             Some(method) => {
                 let (rights, answer) = method.admit(broker, io, input, self.packet_bytes_max, &who).await?;
                 self.auth_answer = Some(answer);
-                self.check_size(broker)?;
+                self.check_size()?;
                 rights
             }
         };
-        if !self.assigned && !broker.access.may_have_id(&rights.identity, &self.client_id) {
+        if !self.assigned && !access.may_have_id(&rights.identity, &self.client_id) {
             return Err(Denial::new(ConnectAckReason::ClientIdentifierNotValid, "client_id"));
         }
-        let place = broker.access.enter(&rights.identity, &self.client_id);
+        let place = access.enter(&rights.identity, &self.client_id);
         self.user_place =
             place.ok_or(Denial::new(ConnectAckReason::QuotaExceeded, "connections_per_user"))?;
         if let Some(will) = &mut self.will {
-            self.will_place = Some(admit_will(broker, &mut rights, &self.client_id, will).await?);
+            self.will_place =
+                Some(admit_will((broker, &self.config), &mut rights, &self.client_id, will).await?);
         }
         Ok(rights)
     }
 
     /// Checks that the client accepts a CONNACK of this size.
-    fn check_size(&self, broker: &Broker) -> Result<(), Denial> {
-        if self.connack(broker, false).len() > self.packet_bytes_max {
+    fn check_size(&self) -> Result<(), Denial> {
+        if self.connack(false).len() > self.packet_bytes_max {
             return Err(Denial::new(ConnectAckReason::PacketTooLarge, "invalid"));
         }
         Ok(())
     }
 
-    fn connack(&self, broker: &Broker, session_present: bool) -> BytesMut {
-        let config = &broker.config;
+    fn connack(&self, session_present: bool) -> BytesMut {
+        let config = &*self.config;
         if self.version != Version::V5 {
             return [0x20, 2, u8::from(session_present), 0][..].into();
         }
@@ -408,9 +419,9 @@ impl Asked {
             session_present,
             session_expiry_interval_secs: Some(self.expiry_s),
             receive_max: config.receive_maximum.try_into().unwrap_or(std::num::NonZeroU16::MIN),
-            max_packet_size: Some(broker.packet_bytes_max as u32),
+            max_packet_size: Some(config.packet_bytes_max() as u32),
             topic_alias_max: config.topic_alias_maximum,
-            server_keepalive_sec: self.server_keep_alive_s(broker),
+            server_keepalive_sec: self.server_keep_alive_s(),
             assigned_client_id: self.assigned.then(|| self.client_id.clone().into()),
             auth_method: self.auth.as_ref().map(|method| (&*method.name).into()),
             auth_data: self.auth_answer.clone(),
@@ -424,12 +435,12 @@ impl Asked {
 
 /// Checks the will against the access rules, since it will be published as a message of its client.
 async fn admit_will(
-    broker: &Broker,
+    (broker, config): (&Broker, &Config),
     rights: &mut Admitted,
     client_id: &str,
     will: &mut Will,
 ) -> Result<will::Place, Denial> {
-    if broker.access.is_too_deep(&will.topic) {
+    if rights.access().is_too_deep(&will.topic) {
         return Err(Denial::new(ConnectAckReason::TopicNameInvalid, "will_topic_levels"));
     }
     if rights.publish(&will.topic) == Verdict::Ask {
@@ -440,12 +451,12 @@ async fn admit_will(
     }
     will.device.clone_from(&rights.identity.device);
     let names_device = will.device.is_none() && broker.ingest.place(&will.topic).device.is_some();
-    push_sender(&mut will.properties, broker, client_id, names_device, &rights.identity);
+    push_sender(&mut will.properties, (broker, config), client_id, names_device, &rights.identity);
     if will.properties.len() > properties::PROPERTIES_BYTES_MAX {
         return Err(Denial::new(ConnectAckReason::PacketTooLarge, "invalid"));
     }
     let bytes = will.state_bytes(client_id);
-    if bytes as u64 > broker.config.will_bytes_max.0 {
+    if bytes as u64 > config.will_bytes_max.0 {
         return Err(Denial::new(ConnectAckReason::PacketTooLarge, "will_bytes_max"));
     }
     broker.wills.enter(broker, bytes).ok_or(Denial::new(ConnectAckReason::QuotaExceeded, "wills_bytes_max"))

@@ -48,6 +48,7 @@ const DISCONNECTS: &[&str] = &[
     "refused",
     "slow",
     "kicked",
+    "listener_closed",
     "stopped",
     "shutdown",
 ];
@@ -214,7 +215,7 @@ pub const METRICS: &[Metric] = &[
     Metric {
         name: "headworks_mqtt_disconnects_total",
         kind: MetricKind::Counter,
-        help: "MQTT connections that ended, by cause: client, lost, taken_over, keep_alive, malformed, refused (by the access rules), slow, kicked (by an operator), stopped, shutdown.",
+        help: "MQTT connections that ended, by cause: client, lost, taken_over, keep_alive, malformed, refused (by the access rules), slow, kicked (by an operator), listener_closed (by a reload), stopped, shutdown.",
         labels: &["cause"],
     },
     Metric {

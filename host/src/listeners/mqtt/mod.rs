@@ -18,6 +18,7 @@ mod clock;
 mod config;
 mod connection;
 mod copies;
+mod engines;
 mod fanout;
 mod filter_map;
 #[cfg(any(test, fuzzing))]
@@ -32,6 +33,7 @@ mod outbound;
 mod owner;
 mod picks;
 mod refused;
+mod reload;
 mod retained;
 mod service;
 mod session;
@@ -53,14 +55,14 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use ring::rand::SecureRandom;
 use tokio::runtime;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{Notify, Semaphore};
-use tokio::task::JoinHandle;
+use tokio::sync::{Notify, Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use self::acks::Stopped;
 use self::clock::Clock;
 use self::copies::Copies;
+use self::engines::Engines;
 use self::fanout::{Live, Subscription};
 use self::lineages::Lineages;
 use self::lock_order::{Locked, Rank, in_order};
@@ -71,14 +73,12 @@ use self::session::{Change, LoadedSessions, Sessions};
 use self::sys::Sys;
 use self::takeovers::Takeovers;
 use self::will::Wills;
-use self::wire::Version;
 use crate::access::{self, Access};
 use crate::hints::Hint;
 use crate::ingest::Ingest;
 use crate::listeners::permits::Permits;
 use crate::listeners::refused_clients::RefusedClients;
-use crate::listeners::transport::{self, Address, Bind, Certificates, Entry, Handshakes};
-use crate::plugin::access::AccessEngine;
+use crate::listeners::transport::{self, Address, Addresses, Bind, Connections, Entry, HandshakePlaces};
 use crate::room::Room;
 use crate::stream::log::STATE_BYTES_MAX;
 use crate::stream::{AppendError, Identity, StateChange, Stream, Ticket};
@@ -91,7 +91,9 @@ pub use self::clients::{Client, ClientOrder, Clients};
 pub use self::clock::{Source as ClockSource, system as system_clock};
 pub use self::config::{Config, Endpoint};
 pub use self::copies::READER;
+pub use self::engines::MakeEngine;
 pub use self::metrics::METRICS;
+pub use self::reload::Prepared;
 pub use self::takeovers::ContendedId;
 
 /// Key in the state of the broker's stream.
@@ -103,6 +105,9 @@ const STATE_ROOM_BYTES: usize = 8 << 20;
 const STATE_SHARE_BYTES: usize = 16 << 10;
 /// Assumed memory of the host if the system does not report it.
 const UNKNOWN_MEMORY_BYTES: u64 = 1 << 30;
+/// Packets up to this size are copied into the broker's stream, whatever `max_packet_size` was at the start:
+/// it has the default commit buffer at least.
+const PACKET_BYTES_LEAST: ByteSize = ByteSize::mib(15);
 /// Divisor for the part of the memory of all queues that is lent in turn to messages which a client
 /// needs to make progress and for which there is no other memory.
 const PERMITS_PART: usize = 8;
@@ -123,8 +128,8 @@ pub struct Deps {
     /// Stream for the broker's own durable state, and for copies of messages that wait for sessions.
     pub broker: Arc<dyn Stream>,
     pub failures: Failures,
-    /// Engine for access plugins; `None` if there are none.
-    pub access_plugins: Option<AccessEngine>,
+    /// Makes the engine for access plugins, once one is configured. `None`: plugins cannot be run.
+    pub access_plugins: Option<MakeEngine>,
     /// Runtime with a lower priority than that of the connections: see [`Broker::in_background`].
     pub background: runtime::Handle,
     pub clock: ClockSource,
@@ -143,16 +148,15 @@ pub enum Error {
 
 /// A running listener. It ends after its shutdown token is cancelled.
 pub struct Handle {
-    addresses: Vec<Bind>,
+    addresses: Arc<Addresses<Broker>>,
     tasks: TaskTracker,
-    accepting: Vec<JoinHandle<()>>,
     clients: Clients,
 }
 
 impl Handle {
     /// Returns the bound addresses with their actual ports, in the order of the configuration.
-    pub fn addresses(&self) -> &[Bind] {
-        &self.addresses
+    pub fn addresses(&self) -> Vec<Bind> {
+        self.addresses.bound()
     }
 
     pub fn clients(&self) -> Clients {
@@ -160,7 +164,7 @@ impl Handle {
     }
 
     /// Returns access control for the other listeners, because a user has one set of rights and limits.
-    pub fn access(&self) -> Arc<Access> {
+    pub fn access(&self) -> Arc<access::Current> {
         self.clients.0.access.clone()
     }
 
@@ -172,10 +176,6 @@ impl Handle {
     /// Waits until every connection has ended, for at most [`JOIN_MAX`].
     pub async fn join(self) {
         let ended = async {
-            for task in self.accepting {
-                // A panic there is the process's to report; the others still end.
-                let _ = task.await;
-            }
             self.tasks.close();
             self.tasks.wait().await;
         };
@@ -190,7 +190,7 @@ impl Handle {
 }
 
 /// Loads the sessions, binds the addresses, and begins to serve.
-pub async fn start(config: &Config, deps: Deps) -> Result<Handle, Error> {
+pub async fn start(config: &Config, mut deps: Deps) -> Result<Handle, Error> {
     // Before anything that may need room in the broker's stream.
     let mut lineages = Lineages::read(&*deps.broker, deps.ingest.streams());
     for told in lineages.other_logs() {
@@ -203,9 +203,11 @@ pub async fn start(config: &Config, deps: Deps) -> Result<Handle, Error> {
         Some(_) => access_secret(&*deps.broker).await?,
         None => Default::default(),
     };
+    let engines = Engines::new(deps.access_plugins.take());
+    let engine = engines.for_config(config.access.as_ref()).map_err(Error::Access)?;
     let access_deps = access::Deps {
         secret: &secret,
-        plugins: deps.access_plugins.as_ref(),
+        plugins: engine.as_ref(),
         wait_max: config.connect_timeout.0,
         failures: &deps.failures,
     };
@@ -216,14 +218,10 @@ pub async fn start(config: &Config, deps: Deps) -> Result<Handle, Error> {
     let mut entries = Vec::new();
     for endpoint in &config.listeners {
         entries.push(Entry::bind(service::plan(endpoint, config)).await?);
-        let bind = &endpoint.bind;
-        if !endpoint.entry().is_local() && endpoint.allow_anonymous && config.access.is_none() {
-            tracing::warn!(%bind, "mqtt: anyone who can reach this address may publish and subscribe (allow_anonymous)");
-        }
+        reload::warn_of_strangers(endpoint, config);
     }
-    let addresses = entries.iter().map(Entry::address).collect();
 
-    let broker = Broker::new(config, access, copies, lineages, deps);
+    let broker = Broker::new(config, (access, engines), copies, lineages, deps);
     // Before the streams grow past what the records say of them.
     while let Err(AppendError::Full) = broker.renew_records() {
         broker.broker.writable().await;
@@ -239,20 +237,14 @@ pub async fn start(config: &Config, deps: Deps) -> Result<Handle, Error> {
     tasks.spawn_on(in_turns(SHORT_TURN, keep_house(broker.clone())), &broker.background);
     tasks.spawn_on(in_turns(SHORT_TURN, will::publish_waiting(broker.clone())), &broker.background);
     tasks.spawn_on(in_turns(SHORT_TURN, sys::run(broker.clone())), &broker.background);
-    let room = Arc::new(Semaphore::new(config.connections_max as usize));
     // Taken also where there is nothing to read again: by default it ends a process.
     let hangup = signal(SignalKind::hangup()).ok();
-    tasks.spawn(transport::keep_certificates(broker.clone(), Certificates::of(&entries), hangup));
     tasks.spawn(keep_access(broker.clone()));
-    let accepting = entries
-        .into_iter()
-        .map(|entry| {
-            let handshakes = Handshakes::new(config.handshakes_max as usize);
-            transport::accept(broker.clone(), entry, room.clone(), handshakes, tasks.clone())
-        })
-        .map(tokio::spawn);
-    let accepting = accepting.collect();
-    Ok(Handle { addresses, accepting, tasks, clients: Clients(broker) })
+    let connections = Connections::new(config.connections_max as usize);
+    let handshakes = HandshakePlaces::Each(config.handshakes_max as usize);
+    let addresses =
+        Addresses::serve(broker.clone(), entries, connections, handshakes, (tasks.clone(), hangup));
+    Ok(Handle { addresses: Arc::new(addresses), tasks, clients: Clients(broker) })
 }
 
 /// Fails if an address is in use, without listening on it, so that a start can fail before it creates
@@ -293,7 +285,7 @@ async fn keep_access(broker: Arc<Broker>) {
             () = broker.shutdown.cancelled() => return,
         }
         let looking = broker.clone();
-        let looked = tokio::task::spawn_blocking(move || looking.access.refresh());
+        let looked = tokio::task::spawn_blocking(move || looking.access.get().refresh());
         // A panic ends the process.
         let _ = broker.shutdown.run_until_cancelled(looked).await;
     }
@@ -301,15 +293,18 @@ async fn keep_access(broker: Arc<Broker>) {
 
 /// State that all connections share.
 struct Broker {
-    config: Config,
-    packet_bytes_max: usize,
+    /// The configuration in force. A connection keeps that of its beginning.
+    config: watch::Sender<Arc<Config>>,
+    /// The largest `max_packet_size` for which the broker's stream has room.
+    packet_bytes_most: ByteSize,
     ingest: Arc<Ingest>,
     /// The streams of `ingest`. The listener refers to them by index.
     streams: Arc<[Arc<dyn Stream>]>,
     identities: Arc<[Identity]>,
     broker: Arc<dyn Stream>,
     failures: Failures,
-    access: Arc<Access>,
+    access: Arc<access::Current>,
+    access_plugins: Engines,
     /// The runtime that serves connections.
     connections: runtime::Handle,
     background: runtime::Handle,
@@ -378,14 +373,16 @@ struct Totals {
 }
 
 impl Broker {
-    fn new(config: &Config, access: Access, copies: Copies, lineages: Lineages, deps: Deps) -> Arc<Self> {
+    fn new(
+        config: &Config,
+        (access, access_plugins): (Access, Engines),
+        copies: Copies,
+        lineages: Lineages,
+        deps: Deps,
+    ) -> Arc<Self> {
         let streams = deps.ingest.streams().clone();
         let identities: Arc<[_]> = streams.iter().map(|stream| stream.identity()).collect();
-        let limits = QueueLimits {
-            messages_max: config.queue_messages_max as usize,
-            bytes_max: config.queue_bytes_max.0 as usize,
-            when_full: config.queue_when_full,
-        };
+        let limits = QueueLimits::of(config);
         let retained_max = (config.retained_messages_max as usize, config.retained_bytes_max.0 as usize);
         let retained = Retained::load(&streams, deps.ingest.routes(), retained_max, &deps.failures);
         let saved = deps.broker.state(clock::KEY).pop();
@@ -406,7 +403,7 @@ impl Broker {
         let delay_least = config.will_delay_after_restart.0;
         let wills = Wills::load(&streams, wills_bytes_max, delay_least, &deps.failures);
         let broker = Arc::new(Self {
-            packet_bytes_max: config.max_packet_size.0 as usize,
+            packet_bytes_most: config.max_packet_size.max(PACKET_BYTES_LEAST),
             live: Live::new(&streams, limits, &sessions.all(), shares),
             copies,
             lineages: Mutex::new(Some(lineages)),
@@ -419,7 +416,8 @@ impl Broker {
             ingest: deps.ingest,
             broker: deps.broker,
             failures: deps.failures,
-            access: Arc::new(access),
+            access: access::Current::new(access),
+            access_plugins,
             connections: runtime::Handle::current(),
             background: deps.background,
             clock,
@@ -435,7 +433,7 @@ impl Broker {
             totals: Totals::default(),
             sys: Sys::new(),
             counters: Counters::new(),
-            config: config.clone(),
+            config: watch::Sender::new(Arc::new(config.clone())),
         });
         broker.counters.gap.increment(lost);
         match jump {
@@ -511,14 +509,9 @@ impl Broker {
         outbound::note_bytes_max(self.sessions.len())
     }
 
-    /// Returns the number of pending acknowledgements at which a connection is no longer read. MQTT 5
-    /// clients are told their bound and are disconnected beyond it, so this bound is out of their reach.
-    #[inline]
-    fn waiting_acks_max(&self, version: Version) -> usize {
-        match version {
-            Version::V31 | Version::V3 => self.config.inflight_max.into(),
-            Version::V5 => usize::from(u16::MAX) * 2,
-        }
+    /// Returns the configuration in force.
+    fn config(&self) -> Arc<Config> {
+        self.config.borrow().clone()
     }
 
     fn retained(&self) -> Locked<MutexGuard<'_, Retained>> {
@@ -608,7 +601,7 @@ impl Broker {
     ) -> Result<(), Stopped> {
         let given_up = async {
             self.shutdown.cancelled().await;
-            tokio::time::sleep(self.config.drain_timeout.0).await;
+            tokio::time::sleep(self.config().drain_timeout.0).await;
         };
         tokio::select! {
             biased;

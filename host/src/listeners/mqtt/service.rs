@@ -37,11 +37,11 @@ impl Service for Broker {
     }
 
     fn handshake_timeout(&self) -> Duration {
-        self.config.connect_timeout.0
+        self.config().connect_timeout.0
     }
 
     fn looks_at_certificates(&self) -> bool {
-        self.access.looks_at_certificates()
+        self.access.get().looks_at_certificates()
     }
 
     fn accepted(&self) {
@@ -59,7 +59,7 @@ impl Service for Broker {
     fn certificates_changed(&self, outcome: &'static str) {
         self.counters.tls_reload(outcome);
         if outcome == "taken" {
-            self.access.recheck();
+            self.access.get().recheck();
         }
     }
 

@@ -791,7 +791,7 @@ impl Sessions {
         // Refused: pending until the next sweep.
         let _ = broker.live.settle(broker);
         let now_us = broker.clock.now_us();
-        let age_us = u64::try_from(broker.config.queue_age_max.0.as_micros()).unwrap_or(u64::MAX);
+        let age_us = u64::try_from(broker.config().queue_age_max.0.as_micros()).unwrap_or(u64::MAX);
         let durable: Vec<_> = broker.streams.iter().map(|stream| *stream.durable().borrow()).collect();
         for session in self.all() {
             session.received().settle(&durable);

@@ -2,6 +2,7 @@
 //! Status"). They are derived from the counters every `sys_interval`; a new subscriber receives the
 //! current values. They are in no stream, and only subscribers of topics below `$` receive them.
 
+use std::future::pending;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -74,14 +75,21 @@ impl Load {
 
 /// Publishes changed values every `sys_interval` until shutdown.
 pub async fn run(broker: Arc<Broker>) {
-    let interval = broker.config.sys_interval.0;
-    if interval.is_zero() {
-        return;
-    }
+    let mut config = broker.config.subscribe();
     let mut last: Vec<String> = Vec::new();
     loop {
+        let interval = config.borrow_and_update().sys_interval.0;
+        let due = async {
+            if interval.is_zero() {
+                pending().await
+            } else {
+                tokio::time::sleep(interval).await;
+            }
+        };
         tokio::select! {
-            () = tokio::time::sleep(interval) => {}
+            () = due => {}
+            // The interval may be another one.
+            Ok(()) = config.changed() => continue,
             () = broker.shutdown.cancelled() => return,
         }
         broker.measure();
@@ -108,7 +116,7 @@ fn publish(broker: &Broker, last: &mut Vec<String>) {
 
 /// Returns the messages for a new subscriber.
 pub fn matching(broker: &Broker, filter: &TopicFilter) -> Vec<Message> {
-    if broker.config.sys_interval.0.is_zero() {
+    if broker.config().sys_interval.0.is_zero() {
         return Vec::new();
     }
     broker.sys.asked.store(true, Ordering::Release);

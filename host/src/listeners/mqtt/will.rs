@@ -302,8 +302,8 @@ pub async fn lost(broker: &Broker, client_id: &str, expiry_s: u32, mut will: Wil
     loop {
         match will.publish(broker, client_id) {
             Ok(()) => return,
-            Err(Rejected::NoRoom { lasts: false }) if begun.elapsed() < broker.config.drain_timeout.0 => {
-                let left = broker.config.drain_timeout.0.saturating_sub(begun.elapsed());
+            Err(Rejected::NoRoom { lasts: false }) if begun.elapsed() < broker.config().drain_timeout.0 => {
+                let left = broker.config().drain_timeout.0.saturating_sub(begun.elapsed());
                 // Out of time: it waits for room.
                 let _ = timeout(left, broker.ingest.room(broker.ingest.route(&will.topic))).await;
             }

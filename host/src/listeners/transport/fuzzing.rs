@@ -8,12 +8,11 @@ use std::task::{Context, Poll};
 
 use futures_util::FutureExt;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, ReadBuf};
-use tokio::sync::Semaphore;
 
 use super::config::ProxyProtocol;
 use super::origin::Origins;
 use super::websocket::{self as framing, Settings};
-use super::{Address, Place, Remote, proxy};
+use super::{Address, Connections, Place, Remote, proxy};
 
 const NOBODY: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9);
 const REQUEST: &[u8] = b"GET /mqtt HTTP/1.1\r\nHost: h\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
@@ -22,9 +21,9 @@ const REQUEST: &[u8] = b"GET /mqtt HTTP/1.1\r\nHost: h\r\nUpgrade: websocket\r\n
 
 /// A client of this machine, with a place of its own.
 pub fn somebody() -> (Remote, Place) {
-    let one = Arc::new(Semaphore::new(1)).try_acquire_owned().expect("one is free");
-    let remote =
-        Remote { address: Address::Ip(NOBODY), certificate: None, tls: None, entrance: Arc::default() };
+    let one = Connections::new(1).enter().expect("one is free");
+    let (address, entrance, closing) = (Address::Ip(NOBODY), Arc::default(), Arc::default());
+    let remote = Remote { address, certificate: None, tls: None, entrance, closing };
     (remote, Place { _connection: one, handshake: None })
 }
 

@@ -8,7 +8,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv6Addr};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -21,7 +21,7 @@ const SILENT_MAX: Duration = Duration::from_secs(2);
 
 #[derive(Debug)]
 pub struct Handshakes {
-    max: usize,
+    max: AtomicUsize,
     places: Mutex<Places>,
     freed: Notify,
 }
@@ -70,7 +70,7 @@ pub struct Handshake {
 
 impl Handshakes {
     pub fn new(max: usize) -> Arc<Self> {
-        Arc::new(Self { max, places: Mutex::default(), freed: Notify::new() })
+        Arc::new(Self { max: AtomicUsize::new(max), places: Mutex::default(), freed: Notify::new() })
     }
 
     /// Takes a place for a connection from `address`, for which another connection may have to give way.
@@ -78,13 +78,18 @@ impl Handshakes {
     pub fn enter(self: &Arc<Self>, address: &Address, now: Instant) -> Option<Handshake> {
         let source = Source::of(address);
         let mut places = self.lock();
-        if places.taken >= self.max {
+        if places.taken >= self.max.load(Ordering::Relaxed) {
             places.make_room(source, now)?.notify_one();
         }
         let gives_way = Arc::new(Notify::new());
         places.taken += 1;
         let number = places.wait(source, now, &gives_way);
         Some(Handshake { of: self.clone(), number: number.into(), source, gives_way })
+    }
+
+    /// Changes the number of places. Connections beyond a lower number keep theirs.
+    pub fn set_max(&self, max: usize) {
+        self.max.store(max, Ordering::Relaxed);
     }
 
     /// Waits until a place has become free. Cancel safe.

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixStream};
 
 use super::Address;
-use super::bind::Bind;
+use super::bind::{Bind, SocketMode};
 use super::config::Endpoint;
 
 /// Connections that the kernel queues until they are accepted, at most `net.core.somaxconn`. A further
@@ -127,6 +127,11 @@ impl Drop for SocketFile {
             let _ = fs::remove_file(&self.path);
         }
     }
+}
+
+/// Changes who may connect to a socket.
+pub(super) fn set_mode(path: &Path, mode: SocketMode) -> io::Result<()> {
+    fs::set_permissions(path, Permissions::from_mode(mode.0))
 }
 
 fn inode(path: &Path) -> io::Result<(u64, u64)> {

@@ -7,11 +7,13 @@
 //!
 //! Every listener uses this module as a [`Service`]. The module knows none of their protocols.
 
+mod addresses;
 mod authorities;
 mod bind;
 mod chunks;
 pub mod closing;
 pub mod config;
+mod connections;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
 mod handshakes;
@@ -34,12 +36,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::net::TcpStream;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{interval, timeout};
 use tokio_rustls::server::TlsStream;
 use tokio_util::task::TaskTracker;
 
+use self::addresses::Gate;
 use self::config::Endpoint;
+use self::connections::Counted;
 use self::handshakes::Handshake;
 use self::listen::{Listener, Socket};
 use self::origin::Origins;
@@ -47,10 +50,11 @@ use self::reach::Reach;
 use self::tls::Tls;
 use crate::access::{Entrance, Proof};
 
+pub use self::addresses::{AddressChanges, Addresses, Closing, HandshakePlaces};
 pub use self::bind::{Bind, SocketMode};
+pub use self::connections::Connections;
 pub use self::handshakes::Handshakes;
 pub use self::network::Network;
-pub use self::reload::keep_certificates;
 pub use self::service::{Io, Service};
 
 /// Pause after a failed accept, which most likely found no free file descriptor.
@@ -69,6 +73,8 @@ pub struct Remote {
     /// Boxed: most connections have none of it.
     tls: Option<Box<Handshaken>>,
     pub entrance: Arc<Entrance>,
+    /// Whether the address of the listener is closed, which ends the connection.
+    pub closing: Arc<Closing>,
 }
 
 /// What is known about a certificate that a client presented.
@@ -158,7 +164,7 @@ impl fmt::Display for Remote {
 /// The places that a connection holds.
 #[derive(Debug)]
 pub struct Place {
-    _connection: OwnedSemaphorePermit,
+    _connection: Counted,
     /// Place of the handshake. It is boxed because it is empty for most of a connection's life.
     handshake: Option<Box<Handshake>>,
 }
@@ -194,11 +200,16 @@ impl Place {
 pub enum Error {
     #[error("cannot listen on {bind}: {error}; {}", crate::listeners::bind_advice(error))]
     Bind { bind: Bind, error: io::Error },
+    #[error(
+        "cannot listen on {bind} while this host listens on {with}, which the reload would close; restart it"
+    )]
+    Overlaps { bind: Bind, with: Bind },
     #[error("tls of {bind}: {reason}")]
     Tls { bind: Bind, reason: String },
 }
 
 /// What is to be served on an address.
+#[derive(Clone, PartialEq, Eq)]
 pub struct Plan {
     pub endpoint: Endpoint,
     pub websocket: Option<websocket::Settings>,
@@ -206,6 +217,15 @@ pub struct Plan {
     pub protocols: &'static [&'static [u8]],
     /// Number of the transport in the plugin contract: see `access.connecting` in `wit/plugin.wit`.
     pub transport: u32,
+}
+
+impl Plan {
+    fn load_tls(&self) -> Result<Option<Arc<Tls>>, Error> {
+        let bind = || self.endpoint.bind.clone();
+        let tls = self.endpoint.tls.clone().map(|files| Tls::load_for(files, self.protocols)).transpose();
+        let tls = tls.map_err(|unusable| Error::Tls { bind: bind(), reason: unusable.reason })?;
+        Ok(tls.map(Arc::new))
+    }
 }
 
 /// A bound address, with its certificates loaded.
@@ -217,32 +237,10 @@ pub struct Entry {
 
 impl Entry {
     pub async fn bind(plan: Plan) -> Result<Self, Error> {
-        let bind = || plan.endpoint.bind.clone();
-        let tls = plan.endpoint.tls.clone().map(|files| Tls::load_for(files, plan.protocols)).transpose();
-        let tls = tls.map_err(|unusable| Error::Tls { bind: bind(), reason: unusable.reason })?;
+        let tls = plan.load_tls()?;
         let listener = Listener::bind(&plan.endpoint).await;
-        let listener = listener.map_err(|error| Error::Bind { bind: bind(), error })?;
-        Ok(Self { plan, listener, tls: tls.map(Arc::new) })
-    }
-
-    /// Returns the bound address with its actual port.
-    pub fn address(&self) -> Bind {
-        self.listener.address()
-    }
-
-    fn entrance(&self) -> Entrance {
-        let Endpoint { bind, allow_anonymous, .. } = &self.plan.endpoint;
-        let (listener, transport) = (bind.to_string(), self.plan.transport);
-        Entrance { listener, transport, allow_anonymous: *allow_anonymous }
-    }
-}
-
-/// Certificates of all entries, for [`keep_certificates`].
-pub struct Certificates(Vec<Arc<Tls>>);
-
-impl Certificates {
-    pub fn of(entries: &[Entry]) -> Self {
-        Self(entries.iter().filter_map(|entry| entry.tls.clone()).collect())
+        let listener = listener.map_err(|error| Error::Bind { bind: plan.endpoint.bind.clone(), error })?;
+        Ok(Self { plan, listener, tls })
     }
 }
 
@@ -254,29 +252,28 @@ pub fn try_address(bind: &Bind) -> Result<(), Error> {
     }
 }
 
-/// Accepts connections until shutdown. Does not wait for any of them.
-pub async fn accept<S: Service>(
+/// Accepts connections until shutdown, or until the address is closed. Does not wait for any of them.
+async fn accept<S: Service>(
     service: Arc<S>,
-    entry: Entry,
-    room: Arc<Semaphore>,
-    handshakes: Arc<Handshakes>,
+    mut listener: Listener,
+    gate: Arc<Gate>,
+    connections: Arc<Connections>,
     tasks: TaskTracker,
 ) {
-    let entrance = Arc::new(entry.entrance());
-    let Entry { plan: Plan { endpoint, websocket, .. }, mut listener, tls } = entry;
     let mut reach = Reach::new(service.failures(), listener.address());
     let mut looks = interval(LOOK_EVERY);
-    let layers = Arc::new(Layers { endpoint, websocket, tls });
+    let Gate { closing, handshakes, .. } = &*gate;
     let name = S::NAME;
     let mut shedding = false;
     loop {
         let accepted = tokio::select! {
             biased;
             () = service.shutdown().cancelled() => return,
+            () = closing.closed() => return,
             accepted = listener.accept() => accepted,
             // Nobody waits to be accepted: the kernel had a file descriptor for whoever did.
             _ = looks.tick() => {
-                reach.note(listener.put_back(&layers.endpoint).await);
+                reach.note(listener.put_back(&gate.layers().plan.endpoint).await);
                 continue;
             }
         };
@@ -294,7 +291,7 @@ pub async fn accept<S: Service>(
         };
         reach.accepted();
         service.accepted();
-        let Ok(connection) = room.clone().try_acquire_owned() else {
+        let Some(connection) = connections.enter() else {
             let kind = format!("{name}: connections_max reached, connect refused");
             service.refused("connections_max", &kind, None, &address, &address.to_string());
             continue;
@@ -311,7 +308,9 @@ pub async fn accept<S: Service>(
             continue;
         }
         let place = Place { _connection: connection, handshake: handshake.map(Box::new) };
-        let remote = Remote { address, certificate: None, tls: None, entrance: entrance.clone() };
+        let layers = gate.layers();
+        let (entrance, closing) = (layers.entrance.clone(), closing.clone());
+        let remote = Remote { address, certificate: None, tls: None, entrance, closing };
         if let (Socket::Tcp(socket), true) = (&socket, layers.is_plain()) {
             // Acks are small and must not wait for the peer's delayed ack.
             let _ = socket.set_nodelay(true);
@@ -330,14 +329,28 @@ pub async fn accept<S: Service>(
 
 /// The layers between the socket and the listener's protocol.
 struct Layers {
-    endpoint: Endpoint,
-    websocket: Option<websocket::Settings>,
+    plan: Plan,
     tls: Option<Arc<Tls>>,
+    entrance: Arc<Entrance>,
 }
 
 impl Layers {
+    fn new(plan: Plan, tls: Option<Arc<Tls>>) -> Self {
+        let Endpoint { bind, allow_anonymous, .. } = &plan.endpoint;
+        let entrance = Arc::new(Entrance::new(bind.to_string(), plan.transport, *allow_anonymous));
+        Self { plan, tls, entrance }
+    }
+
+    /// Returns the layers of another plan for the same address. Certificates from the same files are kept.
+    fn succeeded_by(&self, plan: Plan) -> Result<Self, Error> {
+        let is_same = plan.endpoint.tls == self.plan.endpoint.tls;
+        let tls = if is_same { self.tls.clone() } else { plan.load_tls()? };
+        let entrance = Arc::new(self.entrance.by(plan.transport));
+        Ok(Self { plan, tls, entrance })
+    }
+
     fn is_plain(&self) -> bool {
-        self.tls.is_none() && self.websocket.is_none() && self.endpoint.proxy_protocol.is_none()
+        self.tls.is_none() && self.plan.websocket.is_none() && self.plan.endpoint.proxy_protocol.is_none()
     }
 }
 
@@ -364,6 +377,7 @@ async fn serve_layered<S: Service>(
     mut remote: Remote,
     place: Place,
 ) {
+    let closing = remote.closing.clone();
     let opened = {
         // Boxed: its buffers are not kept for the connection's life.
         let handshake = Box::pin(layers.handshake(&*service, socket, &mut remote));
@@ -371,6 +385,7 @@ async fn serve_layered<S: Service>(
             opened = timeout(service.handshake_timeout(), handshake) => opened,
             () = place.gives_way() => return gave_way(&*service, &remote),
             () = service.shutdown().cancelled() => return,
+            () = closing.closed() => return,
         }
     };
     match opened {
@@ -404,12 +419,12 @@ impl Layers {
         let mut socket = match socket {
             Socket::Tcp(socket) => socket,
             Socket::Unix(socket) => {
-                let Some(settings) = &self.websocket else { return Ok(Opened::Unix(socket)) };
+                let Some(settings) = &self.plan.websocket else { return Ok(Opened::Unix(socket)) };
                 return self.upgrade(settings, Box::new(socket)).await;
             }
         };
         let _ = socket.set_nodelay(true);
-        if let (Some(config), Address::Ip(balancer)) = (&self.endpoint.proxy_protocol, remote.address) {
+        if let (Some(config), Address::Ip(balancer)) = (&self.plan.endpoint.proxy_protocol, remote.address) {
             let client = proxy::accept(&mut socket, balancer, config).await?;
             remote.address = Address::Ip(client.unwrap_or(balancer));
         }
@@ -429,7 +444,7 @@ impl Layers {
                 Opened::Tls(Box::new(io))
             }
         };
-        let Some(settings) = &self.websocket else { return Ok(io) };
+        let Some(settings) = &self.plan.websocket else { return Ok(io) };
         let io: Box<dyn Io> = match io {
             Opened::Tcp(io) => Box::new(io),
             Opened::Tls(io) => io,

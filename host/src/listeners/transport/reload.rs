@@ -9,11 +9,11 @@ use std::time::{Duration, SystemTime};
 use notify::event::{AccessKind, AccessMode};
 use notify::{Event, EventKind, RecursiveMode, Watcher};
 use tokio::signal::unix::Signal;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, timeout};
 
+use super::Service;
 use super::tls::{Reloaded, Tls, Unusable};
-use super::{Certificates, Service};
 use crate::telemetry::{Failures, Standing};
 
 const LOOK_EVERY: Duration = Duration::from_secs(30);
@@ -26,12 +26,37 @@ const QUIET: Duration = Duration::from_millis(300);
 /// Longest wait for unchanged files.
 const QUIET_WAIT_MAX: Duration = Duration::from_secs(5);
 
-/// Reads certificates again when their files change, until shutdown.
+/// Reads certificates again when their files change, until shutdown. `certificates` are those of all
+/// addresses.
 pub async fn keep_certificates<S: Service>(
     service: Arc<S>,
-    Certificates(all): Certificates,
+    mut certificates: watch::Receiver<Vec<Arc<Tls>>>,
     mut hangup: Option<Signal>,
 ) {
+    loop {
+        let all = certificates.borrow_and_update().clone();
+        let kept = keep(&*service, &all, &mut hangup);
+        tokio::select! {
+            () = service.shutdown().cancelled() => return,
+            // The sender lives as long as the listener.
+            Ok(()) = certificates.changed() => {}
+            () = kept => return,
+        }
+        for file in all.iter().flat_map(|tls| tls.files()) {
+            forget(service.failures(), file);
+        }
+    }
+}
+
+/// Ends what is known to be wrong with a file. It is found again if the file is still in use.
+fn forget(failures: &Failures, file: &Path) {
+    failures.reloaded(file);
+    failures.mended(&format!("certificate {}", file.display()), "certificate");
+    failures.mended(&format!("revocation list {}", file.display()), "certificate");
+}
+
+/// Reads these certificates again when their files change. Never returns.
+async fn keep<S: Service>(service: &S, all: &[Arc<Tls>], hangup: &mut Option<Signal>) {
     let (changed, mut changes) = mpsc::channel(1);
     let watcher = notify::recommended_watcher(move |event: notify::Result<Event>| {
         // Our own look opens and reads the files.
@@ -54,10 +79,9 @@ pub async fn keep_certificates<S: Service>(
     }
     let mut told = Told::default();
     loop {
-        tell_of_ends(&*service, &all, &mut told);
+        tell_of_ends(service, all, &mut told);
         tokio::select! {
-            () = service.shutdown().cancelled() => return,
-            () = sleep(until_next_end(&all).min(LOOK_EVERY)) => {}
+            () = sleep(until_next_end(all).min(LOOK_EVERY)) => {}
             Some(()) = changes.recv() => {
                 let until = Instant::now() + QUIET_WAIT_MAX;
                 while timeout(QUIET, changes.recv()).await == Ok(Some(())) && Instant::now() < until {}
@@ -65,10 +89,8 @@ pub async fn keep_certificates<S: Service>(
             Some(()) = async { hangup.as_mut()?.recv().await } => {}
         }
         let mut has_changed = false;
-        for tls in &all {
-            let looked = look(&*service, tls);
-            let Some(changed) = service.shutdown().run_until_cancelled(looked).await else { return };
-            has_changed |= changed;
+        for tls in all {
+            has_changed |= look(service, tls).await;
         }
         if has_changed {
             told = Told::default();

@@ -6,7 +6,7 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime, SystemTimeError};
 
 use rustls::pki_types::pem::PemObject;
@@ -45,6 +45,8 @@ pub struct Tls {
     seen: Mutex<Result<[u8; 32], Unusable>>,
     /// Whether the last check found a certificate that is not valid yet, which is tried again.
     is_early: AtomicBool,
+    /// What the listener uses instead, once its configuration names other files or none.
+    successor: OnceLock<Option<Arc<Self>>>,
 }
 
 #[derive(Clone)]
@@ -108,7 +110,14 @@ impl Tls {
         let material = Material::read(&files)?;
         let current = RwLock::new(material.acceptor(&files, protocols)?);
         let seen = Mutex::new(Ok(material.digest()));
-        Ok(Self { files, protocols, current, seen, is_early: AtomicBool::new(false) })
+        Ok(Self {
+            files,
+            protocols,
+            current,
+            seen,
+            is_early: AtomicBool::new(false),
+            successor: OnceLock::new(),
+        })
     }
 
     /// Reads the files again and uses their contents. If anything is wrong, the current certificates
@@ -139,6 +148,21 @@ impl Tls {
         }
         *current = acceptor;
         Reloaded::Taken
+    }
+
+    /// Has the certificates of connected clients checked by what the listener uses from now on.
+    pub(super) fn give_way_to(&self, next: Option<Arc<Self>>) {
+        // Only once: it is not served after that.
+        let _ = self.successor.set(next);
+    }
+
+    /// Returns what the listener of a connection with these certificates uses now.
+    fn in_force(self: &Arc<Self>) -> Option<Arc<Self>> {
+        let mut tls = self.clone();
+        while let Some(next) = tls.successor.get().cloned() {
+            tls = next?;
+        }
+        Some(tls)
     }
 
     fn current(&self) -> Acceptor {
@@ -293,7 +317,8 @@ fn seconds_until(until: SystemTime, now: SystemTime) -> f64 {
 
 impl Proof for CertificateProof {
     fn holds(&self) -> bool {
-        self.tls.current().authorities.is_some_and(|authorities| authorities.trust(&self.basis))
+        let authorities = self.tls.in_force().and_then(|tls| tls.current().authorities);
+        authorities.is_some_and(|authorities| authorities.trust(&self.basis))
     }
 
     fn valid_until(&self) -> Option<Instant> {

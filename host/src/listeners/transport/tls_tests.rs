@@ -128,6 +128,23 @@ async fn the_clients_name_is_the_one_that_the_config_asks_for() {
 }
 
 #[tokio::test]
+async fn a_connected_client_rests_on_the_authorities_that_its_listener_uses_now() {
+    let pki = Pki::new();
+    let tls = pki.load(Identity::Cn);
+    let device = pki.connector(Some(pki.device(7)));
+    let (_, shown) = shake(&tls, &device).await.0.ok().unwrap();
+    let proof = shown.unwrap().proof;
+    let next = pki.load(Identity::San);
+    tls.give_way_to(Some(next.clone()));
+    assert!(proof.holds(), "the other files have its authority");
+    let without = pki.load_with(|files| (files.client_ca, files.crl) = (None, None));
+    next.give_way_to(Some(without.clone()));
+    assert!(!proof.holds());
+    without.give_way_to(None);
+    assert!(!proof.holds(), "the listener serves without TLS");
+}
+
+#[tokio::test]
 async fn a_clients_certificate_is_looked_at_each_time_it_connects() {
     let pki = Pki::new();
     let tls = pki.load(Identity::Cn);

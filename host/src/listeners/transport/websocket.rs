@@ -31,7 +31,7 @@ const UNSENT_BYTES_MAX: usize = 2 * WRITE_BYTES_MAX;
 pub const ANY: &str = "*";
 
 /// What is served over WebSocket, and to which clients.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
     /// Name of the protocol, used in the answer to other requests.
     pub protocol: &'static str,

@@ -2,8 +2,9 @@
 //! persistent session's change is durable, which takes as long as the broker's stream has no room. Later
 //! packets of the client wait, and its connection continues.
 
-use std::future::pending;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll, ready};
 
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -46,21 +47,20 @@ impl Changing {
         Self { task: broker.background.spawn(in_turns(SHORT_TURN, work)), given_up }
     }
 
+    /// Returns the answer once it may be sent.
+    pub fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<Box<Packet>, Stopped>> {
+        match ready!(Pin::new(&mut self.task).poll(cx)) {
+            Ok(answered) => Poll::Ready(answered),
+            // The runtime ends: these threads do first.
+            Err(_) => Poll::Pending,
+        }
+    }
+
     /// Abandons the answer because the connection ends. When this returns, the change is complete in
     /// memory: the next connection finds it, and a later note contains what was not appended.
     pub async fn give_up(self) {
         self.given_up.cancel();
         // A panic ends the process.
         let _ = self.task.await;
-    }
-}
-
-/// Returns the answer once it may be sent. Never returns while no change is being made. Cancel safe.
-pub async fn changed(changing: Option<&mut Changing>) -> Result<Box<Packet>, Stopped> {
-    let Some(changing) = changing else { return pending().await };
-    match (&mut changing.task).await {
-        Ok(answered) => answered,
-        // The runtime ends: these threads do first.
-        Err(_) => pending().await,
     }
 }

@@ -43,7 +43,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
     pub(super) fn deliver(&mut self) {
         let has_room = self.inbound.memory.has_room(WRITE_BYTES_MAX);
         let bytes_max = if has_room { WRITE_BYTES_MAX } else { WRITE_BYTES_LEAST };
-        if self.out.len() >= bytes_max || self.drains || self.answers_first() {
+        if self.out.len() >= bytes_max || self.drains || self.answers_first() || self.renewing.is_some() {
             return;
         }
         // Its packet is written: the next one waits for its turn.
@@ -57,6 +57,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
     fn fill(&mut self, bytes_max: usize) -> bool {
         let broker = self.broker;
         let mut outbox = self.session.outbox();
+        // Under the lock: what was queued since access control was replaced waits for the new rights.
+        if !broker.access.is_of(self.inbound.rights()) {
+            return false;
+        }
         outbox.settle(&*broker.broker);
         let (rights, memory) = (self.inbound.rights(), &self.inbound.memory);
         let receive = |topic: &str| rights.receive(topic);

@@ -12,7 +12,7 @@ use crate::listeners::mqtt::metrics::SENT;
 use crate::listeners::mqtt::session::Turn;
 use crate::listeners::mqtt::will;
 use crate::listeners::mqtt::wire::{self, Fault, Version};
-use crate::listeners::transport::{Place, Remote, closing};
+use crate::listeners::transport::{Place, closing};
 
 /// Why a connection ended.
 #[derive(Debug)]
@@ -31,6 +31,8 @@ pub enum End {
     Kicked,
     Stopped,
     Shutdown,
+    /// The listener's address is no longer served.
+    ListenerClosed,
 }
 
 impl From<Trouble> for End {
@@ -63,7 +65,7 @@ pub struct Leaving {
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
     /// Sends the last packet, releases the connection's resources, and handles its will.
-    pub(super) async fn leave(mut self, end: End, remote: &Remote, place: Place, leaving: Leaving) {
+    pub(super) async fn leave(mut self, end: End, place: Place, leaving: Leaving) {
         let end = match end {
             End::Fault(_) | End::TooLarge(_) | End::Disconnect { .. } => end,
             // What else the client sent may hold up its DISCONNECT.
@@ -74,9 +76,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         }
         // It counts as away from now on: members of a share that leave together give each other nothing.
         self.session.outbox().disconnected();
-        self.say_goodbye(&end, remote).await;
+        self.say_goodbye(&end).await;
         if let Some(changing) = self.changing.take() {
             changing.give_up().await;
+        }
+        if let Some(renewing) = self.renewing.take() {
+            renewing.give_up().await;
         }
         let Connection {
             broker, session, mut io, inbound, will, acks_waiting, partial, out, outward, ..
@@ -112,7 +117,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
     }
 
     /// Counts and reports the end, and sends the last packet.
-    async fn say_goodbye(&mut self, end: &End, remote: &Remote) {
+    async fn say_goodbye(&mut self, end: &End) {
+        let remote = &self.remote;
         let (cause, code, why) = match end {
             End::Disconnect { .. } => ("client", None, ""),
             End::Lost => ("lost", None, ""),
@@ -135,6 +141,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
             End::Stopped => {
                 ("stopped", Some(DisconnectReasonCode::ServerShuttingDown), "a stream has stopped")
             }
+            End::ListenerClosed => {
+                let why = "the listener is closed";
+                ("listener_closed", Some(DisconnectReasonCode::AdministrativeAction), why)
+            }
             End::Shutdown => ("shutdown", Some(DisconnectReasonCode::ServerShuttingDown), ""),
         };
         self.broker.counters.disconnected(cause);
@@ -154,7 +164,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         if let Some(kind) = kind {
             let mut detail = format!("client {client_id} at {remote}");
             if let End::TooLarge(large) = end {
-                let max = self.broker.config.max_packet_size;
+                let max = self.inbound.config().max_packet_size;
                 detail +=
                     &format!(": {large}, at most {max}: raise mqtt.max_packet_size, or send less at once");
             }

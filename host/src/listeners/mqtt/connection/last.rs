@@ -18,7 +18,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::task::coop::unconstrained;
 use tokio::time::{Instant, sleep_until};
 
-use super::changing::changed;
+use super::renewing::held;
 use super::{Connection, Event, Io, WRITE_PAUSE_BYTES, poll_io};
 
 /// Bytes that are read, whatever time they take.
@@ -107,7 +107,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         tokio::select! {
             biased;
             () = answered => Event::Answered,
-            answer = changed(self.changing.as_deref_mut()) => Event::Changed(answer),
+            event = held(self.changing.as_deref_mut(), self.renewing.as_deref_mut()) => event,
             io = poll_fn(|cx| poll_io(io, &mut nothing, read_max, cx)), if read_max > 0 => Event::Io(io),
             moved = acks.moved() => Event::Durable(moved),
             () = self.broker.shutdown.cancelled() => Event::Called,

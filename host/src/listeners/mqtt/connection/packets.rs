@@ -26,7 +26,7 @@ use crate::listeners::mqtt::wire::{self, Fault, Packet};
 impl<S> Connection<'_, S> {
     /// Processes the packet at the front of the input.
     pub(super) async fn packet(&mut self) -> Result<(), End> {
-        let frame = wire::frame(&self.input, self.broker.packet_bytes_max).map_err(End::Fault)?;
+        let frame = wire::frame(&self.input, self.inbound.config().packet_bytes_max()).map_err(End::Fault)?;
         let frame = frame.expect("take stopped at a whole packet");
         let (first, len) = (frame.first, frame.len);
         let packet = wire::decode(self.peer.version, &self.input[..len]).map_err(End::Fault)?;
@@ -111,7 +111,7 @@ impl<S> Connection<'_, S> {
         let Packet::V5(v5::Packet::Disconnect(disconnect)) = packet else {
             return End::Disconnect { keep_will: false, expiry_s: None };
         };
-        let max = u32::try_from(self.broker.config.session_expiry_max.0.as_secs()).unwrap_or(u32::MAX);
+        let max = u32::try_from(self.inbound.config().session_expiry_max.0.as_secs()).unwrap_or(u32::MAX);
         let expiry_s = disconnect.session_expiry_interval_secs.map(|seconds| seconds.min(max));
         if expiry_s.is_some_and(|seconds| seconds > 0) && self.session.expiry_s() == 0 {
             return End::Fault(Fault::protocol("DISCONNECT must not revive a session that ends"));
@@ -124,7 +124,7 @@ impl<S> Connection<'_, S> {
     /// is one.
     pub(super) fn last_words(&self) -> Option<End> {
         let mut rest = &self.input[..];
-        while let Ok(Some(frame)) = wire::frame(rest, self.broker.packet_bytes_max) {
+        while let Ok(Some(frame)) = wire::frame(rest, self.inbound.config().packet_bytes_max()) {
             let (packet, behind) = rest.split_at(frame.len);
             if frame.first == wire::DISCONNECT {
                 return wire::decode(self.peer.version, packet).ok().map(|packet| self.disconnect(&packet));
@@ -346,7 +346,7 @@ struct Room {
 
 impl Room {
     fn of(session: &Arc<Session>, broker: &Broker) -> Self {
-        let config = &broker.config;
+        let config = broker.config();
         let filters_max = config.subscriptions_per_client_max as usize;
         let bytes_max = config.subscription_bytes_per_client_max.0 as usize;
         let is_kept = session.persistent_epoch().is_some();

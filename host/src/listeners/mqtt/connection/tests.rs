@@ -31,18 +31,21 @@ pub(super) fn connection_of<S>(
     version: Version,
     io: S,
 ) -> Connection<'_, S> {
-    let rights = broker.access.rights(Identity::default(), "c", None);
+    let rights = broker.access.get().rights(Identity::default(), "c", None);
     Connection {
         broker,
         io,
+        remote: Arc::new(somebody().0),
         session: session.clone(),
         peer: Peer { version, window: 1, packet_bytes_max: usize::MAX },
         auth: None,
         will: None,
         aliases: Aliases::new(0),
-        inbound: Inbound::new(broker, version, session, rights, false),
+        inbound: Inbound::new(broker, (version, broker.config()), session, rights, false),
         changing: None,
         is_bridge: false,
+        is_id_assigned: false,
+        renewing: None,
         tells_reasons: false,
         input: BytesMut::new(),
         stopped_at: Next::Bytes,
@@ -51,7 +54,7 @@ pub(super) fn connection_of<S>(
         counted: 0,
         acks_waiting: Part::of(&broker.counters.acks_waiting),
         last_read: Instant::now(),
-        keep_alive: Some(Duration::ZERO),
+        keep_alive_s: Some(0),
         outward: None,
         drains: false,
         has_left: false,

@@ -45,14 +45,14 @@ impl Live {
             };
             let mut outbox = member.session.outbox();
             all_are_away &= !outbox.is_connected();
-            if !is_deserted && outbox.is_ready(&queued, self.limits) {
+            if !is_deserted && outbox.is_ready(&queued, self.limits.get()) {
                 // Under the lock: a member that leaves now gives it on.
-                let offered = outbox.offer(queued, self.limits, || sent.whole());
+                let offered = outbox.offer(queued, self.limits.get(), || sent.whole());
                 drop(outbox);
                 wakes.offered(&member.session, offered);
                 return Some(&member.session);
             }
-            let keeps = outbox.keeps(&queued, self.limits);
+            let keeps = outbox.keeps(&queued, self.limits.get());
             if keeps > best {
                 (best, away) = (keeps, Some((member, queued)));
             }
@@ -65,7 +65,7 @@ impl Live {
             for member in share.beginning_with(first).filter(|member| !sent.is_for(&member.session)) {
                 let Some(queued) = queued(member.options) else { continue };
                 let queued = Queued { apart: true, ..queued };
-                let keeps = member.session.outbox().keeps(&queued, self.limits);
+                let keeps = member.session.outbox().keeps(&queued, self.limits.get());
                 if keeps > best {
                     (best, away) = (keeps, Some((member, queued)));
                 }
@@ -75,7 +75,7 @@ impl Live {
             share.set_deserted(arrivals);
         }
         let (member, queued) = away?;
-        let offered = member.session.outbox().offer(queued, self.limits, || sent.whole());
+        let offered = member.session.outbox().offer(queued, self.limits.get(), || sent.whole());
         wakes.offered(&member.session, offered);
         Some(&member.session)
     }

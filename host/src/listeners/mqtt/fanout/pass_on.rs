@@ -147,7 +147,7 @@ impl Live {
         for member in &share.members {
             let outbox = member.session.outbox();
             all_are_away &= !outbox.is_connected();
-            if outbox.has_room(self.limits) {
+            if outbox.has_room(self.limits.get()) {
                 return true;
             }
         }

@@ -1,5 +1,7 @@
 //! Parses CONNECT.
 
+use std::sync::Arc;
+
 use bytes::{Buf, BytesMut};
 use rmqtt_codec::v5::{ConnectAckReason, DisconnectReasonCode};
 use rmqtt_codec::{v3, v5};
@@ -10,6 +12,7 @@ use crate::batch::flags;
 use crate::ingest::facts;
 use crate::listeners::mqtt::Broker;
 use crate::listeners::mqtt::auth::Method;
+use crate::listeners::mqtt::config::Config;
 use crate::listeners::mqtt::metrics::RECEIVED;
 use crate::listeners::mqtt::refused::Refused;
 use crate::listeners::mqtt::will::Will;
@@ -61,7 +64,8 @@ pub async fn read_connect<S: AsyncRead + Unpin>(
     io: &mut S,
     input: &mut BytesMut,
 ) -> Result<Asked, Unread> {
-    let bytes_max = first_packet_bytes_max(broker);
+    let config = broker.config();
+    let bytes_max = first_packet_bytes_max(&config);
     loop {
         // Refused at once: a client that speaks something else, HTTP perhaps.
         if input.first().is_some_and(|first| *first != 0x10) {
@@ -77,7 +81,7 @@ pub async fn read_connect<S: AsyncRead + Unpin>(
             let (version, is_bridge) = version(frame.body)?;
             let len = frame.len;
             let header = len - frame.body.len();
-            let asked = connect(broker, version, &mut input[..len], header);
+            let asked = connect(&config, version, &mut input[..len], header);
             let asked = asked.map_err(|fault| {
                 let body = &input[header..len];
                 let client_id = wire::client_id(version, body).map(str::to_owned);
@@ -95,9 +99,9 @@ pub async fn read_connect<S: AsyncRead + Unpin>(
 
 /// Returns the largest size of CONNECT, and of AUTH before CONNACK. It is small because the client is
 /// not known yet.
-pub fn first_packet_bytes_max(broker: &Broker) -> usize {
-    let will_bytes_max = broker.config.will_bytes_max.0 as usize;
-    broker.packet_bytes_max.min(wire::CONNECT_BYTES_MAX.max(will_bytes_max))
+pub fn first_packet_bytes_max(config: &Config) -> usize {
+    let will_bytes_max = config.will_bytes_max.0 as usize;
+    config.packet_bytes_max().min(wire::CONNECT_BYTES_MAX.max(will_bytes_max))
 }
 
 /// Returns the version from protocol name and level (MQTT 5.0, 3.1.2.1 and 3.1.2.2), and whether the
@@ -118,8 +122,8 @@ fn version(body: &[u8]) -> Result<(Version, bool), Unread> {
 }
 
 /// Parses CONNECT. `whole` is the packet, whose body begins at `header`.
-fn connect(broker: &Broker, version: Version, whole: &mut [u8], header: usize) -> Result<Asked, Fault> {
-    let kept_s = u32::try_from(broker.config.session_expiry_max.0.as_secs()).unwrap_or(u32::MAX);
+fn connect(config: &Arc<Config>, version: Version, whole: &mut [u8], header: usize) -> Result<Asked, Fault> {
+    let kept_s = u32::try_from(config.session_expiry_max.0.as_secs()).unwrap_or(u32::MAX);
     let fields = wire::check_connect(version, &whole[header..])?;
     // The codec refuses an empty client id without clean start; whether it may
     // stand is for us to say.
@@ -145,13 +149,19 @@ fn connect(broker: &Broker, version: Version, whole: &mut [u8], header: usize) -
                 device: None,
                 record: None,
             });
-            Ok(Asked::new(version, &connect.client_id, connect.username.as_deref(), will, |asked| {
-                asked.password = connect.password;
-                asked.clean = clean;
-                asked.keep_alive_s = connect.keep_alive;
-                asked.expiry_s = if clean { 0 } else { kept_s };
-                asked.window = broker.config.outbound_window(None);
-            }))
+            Ok(Asked::new(
+                (version, config),
+                &connect.client_id,
+                connect.username.as_deref(),
+                will,
+                |asked| {
+                    asked.password = connect.password;
+                    asked.clean = clean;
+                    asked.keep_alive_s = connect.keep_alive;
+                    asked.expiry_s = if clean { 0 } else { kept_s };
+                    asked.window = config.outbound_window(None);
+                },
+            ))
         }
         Version::V5 => {
             let Packet::V5(v5::Packet::Connect(connect)) = wire::decode(version, whole)? else {
@@ -165,19 +175,25 @@ fn connect(broker: &Broker, version: Version, whole: &mut [u8], header: usize) -
                 wire::response_topic(topic)?;
             }
             let will = connect.last_will.map(will_v5);
-            Ok(Asked::new(version, &connect.client_id, connect.username.as_deref(), will, |asked| {
-                asked.password = connect.password;
-                asked.clean = clean;
-                asked.keep_alive_s = connect.keep_alive;
-                asked.expiry_s = connect.session_expiry_interval_secs.min(kept_s);
-                asked.window = broker.config.outbound_window(connect.receive_max);
-                let max = connect.max_packet_size.map_or(usize::MAX, |max| max.get() as usize);
-                asked.packet_bytes_max = max;
-                asked.tells_reasons = connect.request_problem_info && max >= wire::ACK_BYTES_MAX;
-                asked.aliases_max = connect.topic_alias_max.min(broker.config.outbound_topic_alias_maximum);
-                let data = connect.auth_data.unwrap_or_default();
-                asked.auth = connect.auth_method.map(|name| Method::new(&name, data));
-            }))
+            Ok(Asked::new(
+                (version, config),
+                &connect.client_id,
+                connect.username.as_deref(),
+                will,
+                |asked| {
+                    asked.password = connect.password;
+                    asked.clean = clean;
+                    asked.keep_alive_s = connect.keep_alive;
+                    asked.expiry_s = connect.session_expiry_interval_secs.min(kept_s);
+                    asked.window = config.outbound_window(connect.receive_max);
+                    let max = connect.max_packet_size.map_or(usize::MAX, |max| max.get() as usize);
+                    asked.packet_bytes_max = max;
+                    asked.tells_reasons = connect.request_problem_info && max >= wire::ACK_BYTES_MAX;
+                    asked.aliases_max = connect.topic_alias_max.min(config.outbound_topic_alias_maximum);
+                    let data = connect.auth_data.unwrap_or_default();
+                    asked.auth = connect.auth_method.map(|name| Method::new(&name, data));
+                },
+            ))
         }
     }
 }

@@ -6,7 +6,6 @@
 use bytes::BytesMut;
 
 use super::Inbound;
-use crate::listeners::mqtt::Broker;
 use crate::listeners::mqtt::outbound::Acked;
 use crate::listeners::mqtt::wire::{self, Fault, Frame};
 
@@ -36,8 +35,8 @@ impl Ahead {
 
 impl Inbound {
     /// Processes the client's acknowledgements in the whole input while its first packet waits.
-    pub(super) fn take_acks_ahead(&mut self, broker: &Broker, bytes: &[u8], out: &mut BytesMut) {
-        while let Ok(Some(frame)) = wire::frame(&bytes[self.ahead.acks..], broker.packet_bytes_max) {
+    pub(super) fn take_acks_ahead(&mut self, bytes: &[u8], out: &mut BytesMut) {
+        while let Ok(Some(frame)) = wire::frame(&bytes[self.ahead.acks..], self.config.packet_bytes_max()) {
             match self.version.first(frame.first) {
                 wire::DISCONNECT => return,
                 // One that is malformed is met again in its turn.
@@ -65,8 +64,8 @@ impl Inbound {
         Ok(())
     }
 
-    pub(super) fn answer_pings(&mut self, broker: &Broker, bytes: &[u8], out: &mut BytesMut) {
-        while let Ok(Some(frame)) = wire::frame(&bytes[self.ahead.pings..], broker.packet_bytes_max) {
+    pub(super) fn answer_pings(&mut self, bytes: &[u8], out: &mut BytesMut) {
+        while let Ok(Some(frame)) = wire::frame(&bytes[self.ahead.pings..], self.config.packet_bytes_max()) {
             if frame.first == wire::PINGREQ {
                 wire::put_pingresp(out);
             }

@@ -28,11 +28,11 @@ pub(super) enum Refusal {
 
 impl Inbound {
     /// Returns why the rules or limits refuse a publish; `None` if they accept it.
-    pub(super) fn refusal(&mut self, broker: &Broker, topic: &str) -> Option<Refusal> {
+    pub(super) fn refusal(&mut self, topic: &str) -> Option<Refusal> {
         if topic::is_reserved(topic) {
             return Some(Refusal::Dollar);
         }
-        if broker.access.is_too_deep(topic) {
+        if self.rights.access().is_too_deep(topic) {
             return Some(Refusal::Levels);
         }
         if self.rights.is_everything() || self.allowed_topic == topic {
@@ -80,7 +80,10 @@ impl Inbound {
         self.session.activity().refused_publish();
         let client_id = &self.session.client_id;
         broker.failures.report_client(kind, client_id, 1, &format!("client {client_id} to {topic}"), "");
-        if self.version != Version::V5 && refusal == Refusal::NotAuthorized && !broker.access.drops_denied() {
+        if self.version != Version::V5
+            && refusal == Refusal::NotAuthorized
+            && !self.rights.access().drops_denied()
+        {
             return Err(Fault { code: DisconnectReasonCode::NotAuthorized, what: "publish not allowed" });
         }
         let first = if publish.qos == 1 { wire::PUBACK } else { wire::PUBREC };
@@ -97,14 +100,14 @@ impl Inbound {
 
     /// Asks the access plugin about `topic`, and about the topics of later publishes that need an
     /// answer.
-    pub(super) fn ask_to_publish(&mut self, broker: &Broker, topic: &str, mut behind: &[u8]) {
+    pub(super) fn ask_to_publish(&mut self, topic: &str, mut behind: &[u8]) {
         self.asks = true;
         if self.rights.is_asking() {
             return;
         }
         let mut topics = BTreeSet::from([topic]);
         while topics.len() < QUESTIONS_MAX
-            && let Ok(Some(frame)) = wire::frame(behind, broker.packet_bytes_max)
+            && let Ok(Some(frame)) = wire::frame(behind, self.config.packet_bytes_max())
         {
             behind = &behind[frame.len..];
             if frame.first & 0xf0 != wire::PUBLISH {

@@ -8,6 +8,7 @@ use super::{IdChange, Inbound, Owed, Scratch, Trouble, Work, recycle};
 use crate::access::Identity;
 use crate::ingest::{Draft, Owned, Rejected, Taken, cut_device, facts};
 use crate::listeners::mqtt::Broker;
+use crate::listeners::mqtt::config::Config;
 use crate::listeners::mqtt::retained::{self, Staged};
 use crate::listeners::mqtt::session::{Session, qos2_key};
 use crate::listeners::mqtt::wire::Fault;
@@ -179,12 +180,12 @@ pub fn undo<'o>(session: &Session, owed: impl DoubleEndedIterator<Item = &'o Owe
 #[inline]
 pub fn push_sender(
     out: &mut Vec<u8>,
-    broker: &Broker,
+    (broker, config): (&Broker, &Config),
     client_id: &str,
     topic_names_device: bool,
     identity: &Identity,
 ) {
-    let says_id = !topic_names_device || broker.config.keep_client_id || broker.live.wants_publisher();
+    let says_id = !topic_names_device || config.keep_client_id || broker.live.wants_publisher();
     facts::push_sender(out, says_id.then_some(client_id), identity);
 }
 

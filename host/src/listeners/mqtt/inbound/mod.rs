@@ -32,11 +32,12 @@ use self::stalled::{Stalled, room};
 use self::withheld::Withheld;
 use super::Broker;
 use super::acks::{Ack, Acks};
+use super::config::Config;
 use super::metrics::Few;
 use super::open_ids::{Content, Known, Received};
 use super::session::Session;
 use super::wire::{self, Fault, Frame, Property, Publish, Version};
-use crate::access::{Admitted, Allowance};
+use crate::access::{Access, Admitted, Allowance};
 use crate::batch::flags;
 use crate::hints::Hint;
 use crate::ingest::{Place, facts};
@@ -53,6 +54,8 @@ const PAUSE_MIN: Duration = Duration::from_millis(5);
 /// What a connection sends in.
 pub struct Inbound {
     version: Version,
+    /// The configuration when the client connected.
+    config: Arc<Config>,
     session: Arc<Session>,
     rights: Admitted,
     /// The packet at the front waits for an answer to what it asks.
@@ -180,20 +183,21 @@ impl Inbound {
     /// `tells_reasons`: the client takes reason strings in its acks.
     pub fn new(
         broker: &Broker,
-        version: Version,
+        (version, config): (Version, Arc<Config>),
         session: Arc<Session>,
         rights: Admitted,
         tells_reasons: bool,
     ) -> Self {
         Self {
             version,
+            config,
             epoch: session.persistent_epoch(),
             session,
+            allowance: rights.access().allowance(),
             rights,
             asks: false,
             held: None,
             allowed_topic: String::new(),
-            allowance: broker.access.allowance(),
             memory: Memory::of(&broker.rooms.connections),
             acks: Acks::new(tells_reasons),
             unfinished: 0,
@@ -222,6 +226,31 @@ impl Inbound {
         &self.session
     }
 
+    pub fn config(&self) -> &Arc<Config> {
+        &self.config
+    }
+
+    /// Returns the number of pending acknowledgements at which the connection is no longer read. MQTT 5
+    /// clients are told their bound and are disconnected beyond it, so this bound is out of their reach.
+    #[inline]
+    fn waiting_acks_max(&self) -> usize {
+        match self.version {
+            Version::V31 | Version::V3 => self.config.inflight_max.into(),
+            Version::V5 => usize::from(u16::MAX) * 2,
+        }
+    }
+
+    /// Replaces the rights by those that a reload leaves the client, whose standing stays.
+    pub fn succeed(&mut self, mut rights: Admitted) {
+        rights.succeed(&mut self.rights);
+        self.renew(rights);
+    }
+
+    /// Makes the rights those of another version of access control, which has the same rules.
+    pub fn belong_to(&mut self, access: Arc<Access>) {
+        self.rights.belong_to(access);
+    }
+
     /// What the client may do from now on.
     pub fn renew(&mut self, rights: Admitted) {
         self.rights = rights;
@@ -230,8 +259,8 @@ impl Inbound {
     }
 
     /// How long the client is not read for its rate; `None` while it is within.
-    pub fn pause(&self, broker: &Broker) -> Option<Duration> {
-        let all = broker.access.publishes().map(|all| lock(all).wait()).unwrap_or_default();
+    pub fn pause(&self) -> Option<Duration> {
+        let all = self.rights.access().publishes().map(|all| lock(all).wait()).unwrap_or_default();
         let own = self.allowance.as_ref().map(|own| own.wait()).unwrap_or_default();
         let wait = all.max(own);
         (!wait.is_zero()).then_some(wait.max(PAUSE_MIN))
@@ -299,10 +328,10 @@ impl Inbound {
             }
             _ => {}
         }
-        if self.is_full(broker) || self.is_over_rate(broker) {
-            self.take_acks_ahead(broker, bytes, out);
+        if self.is_full() || self.is_over_rate(broker) {
+            self.take_acks_ahead(bytes, out);
             if self.held != Some(false) {
-                self.answer_pings(broker, bytes, out);
+                self.answer_pings(bytes, out);
             }
             return Ok((0, Next::Room));
         }
@@ -352,23 +381,23 @@ impl Inbound {
         self.released_to = self.released_to.saturating_sub(len);
     }
 
-    fn is_full(&self, broker: &Broker) -> bool {
-        self.asks || self.held.is_some() || self.is_stalled() || self.has_all_acks(broker)
+    fn is_full(&self) -> bool {
+        self.asks || self.held.is_some() || self.is_stalled() || self.has_all_acks()
     }
 
-    fn has_all_acks(&self, broker: &Broker) -> bool {
-        self.acks.waiting() >= broker.waiting_acks_max(self.version)
+    fn has_all_acks(&self) -> bool {
+        self.acks.waiting() >= self.waiting_acks_max()
     }
 
     /// Whether more is taken in as soon as acks may go.
-    pub fn waits_for_acks(&self, broker: &Broker) -> bool {
-        self.has_all_acks(broker) && !self.is_stalled()
+    pub fn waits_for_acks(&self) -> bool {
+        self.has_all_acks() && !self.is_stalled()
     }
 
     /// Rates are looked at once a read for all clients, and here for the one: no
     /// clock is asked for a message.
     fn is_over_rate(&mut self, broker: &Broker) -> bool {
-        if self.allowance.is_none() && broker.access.publishes().is_none() {
+        if self.allowance.is_none() && self.rights.access().publishes().is_none() {
             return false;
         }
         let now = Instant::now();
@@ -376,7 +405,7 @@ impl Inbound {
             own.fill(now);
             own.is_spent()
         });
-        let all = broker.access.publishes().is_some_and(|all| {
+        let all = self.rights.access().publishes().is_some_and(|all| {
             let mut all = lock(all);
             all.fill(now);
             all.is_spent()
@@ -414,7 +443,7 @@ impl Inbound {
     ) -> Result<(usize, Next), Fault> {
         let (mut used, mut taken, begun) = (0, 0, Instant::now());
         loop {
-            let Some(mut frame) = wire::frame(&bytes[used..], broker.packet_bytes_max)? else {
+            let Some(mut frame) = wire::frame(&bytes[used..], self.config.packet_bytes_max())? else {
                 return Ok((used, Next::Bytes));
             };
             frame.first = self.version.first(frame.first);
@@ -424,7 +453,7 @@ impl Inbound {
             taken = taken % TAKEN_LEAST + 1;
             match frame.first {
                 first if first & 0xf0 == wire::PUBLISH => {
-                    if self.acks.waiting() + work.owed.len() >= broker.waiting_acks_max(self.version) {
+                    if self.acks.waiting() + work.owed.len() >= self.waiting_acks_max() {
                         return Ok((used, Next::Room));
                     }
                     if self.allowance.as_ref().is_some_and(|own| own.is_spent()) {
@@ -436,13 +465,13 @@ impl Inbound {
                     match self.publish(broker, &frame, work)? {
                         Published::Taken => {}
                         Published::Unanswered(topic) => {
-                            self.ask_to_publish(broker, topic.as_str(), &bytes[used + frame.len..]);
+                            self.ask_to_publish(topic.as_str(), &bytes[used + frame.len..]);
                             return Ok((used, Next::Room));
                         }
                         // Looked at again once what is gathered is appended.
                         Published::Withheld => return Ok((used, Next::Turn)),
                     }
-                    self.spend(broker, frame.len as u64);
+                    self.spend(frame.len as u64);
                 }
                 wire::PUBREL if used < self.released_to => {}
                 wire::PUBREL => self.release(&frame, out, work)?,
@@ -479,8 +508,8 @@ impl Inbound {
                 _ => push_property(&mut work.properties, property),
             })?;
         }
-        let topic = self.topic(broker, &publish, alias)?;
-        if let Some(refusal) = self.refusal(broker, topic.as_str()) {
+        let topic = self.topic(&publish, alias)?;
+        if let Some(refusal) = self.refusal(topic.as_str()) {
             work.properties.truncate(begin);
             if refusal == Refusal::Unanswered {
                 return Ok(Published::Unanswered(topic));
@@ -506,7 +535,8 @@ impl Inbound {
         let content = (publish.qos == 2)
             .then(|| Content::of(topic.as_str(), publish.payload, &work.properties[begin..], flags));
         let client_id = &self.session.client_id;
-        push_sender(&mut work.properties, broker, client_id, device.is_some(), &self.rights.identity);
+        let sender = &self.rights.identity;
+        push_sender(&mut work.properties, (broker, &self.config), client_id, device.is_some(), sender);
         let properties = begin..work.properties.len();
         if properties.len() > PROPERTIES_BYTES_MAX {
             return Err(Fault {
@@ -576,7 +606,7 @@ impl Inbound {
             }
             Some(Known::Releasing(_)) | None => self.unfinished += 1,
         }
-        if self.version == Version::V5 && self.unfinished > u32::from(broker.config.receive_maximum) {
+        if self.version == Version::V5 && self.unfinished > u32::from(self.config.receive_maximum) {
             return Err(Fault {
                 code: DisconnectReasonCode::ReceiveMaximumExceeded,
                 what: "more publishes in flight than Receive Maximum",
@@ -597,19 +627,14 @@ impl Inbound {
         }))
     }
 
-    fn topic<'a>(
-        &mut self,
-        broker: &Broker,
-        publish: &Publish<'a>,
-        alias: Option<u16>,
-    ) -> Result<Topic<'a>, Fault> {
+    fn topic<'a>(&mut self, publish: &Publish<'a>, alias: Option<u16>) -> Result<Topic<'a>, Fault> {
         let Some(alias) = alias else {
             if publish.topic.is_empty() {
                 return Err(Fault::protocol("neither a topic nor a topic alias"));
             }
             return Ok(Topic::Sent(publish.topic));
         };
-        if alias == 0 || alias > broker.config.topic_alias_maximum {
+        if alias == 0 || alias > self.config.topic_alias_maximum {
             return Err(Fault {
                 code: DisconnectReasonCode::TopicAliasInvalid,
                 what: "topic alias out of range",
@@ -627,11 +652,11 @@ impl Inbound {
         self.memory.set_stalled(self.stalled.iter().map(Stalled::bytes).sum());
     }
 
-    fn spend(&mut self, broker: &Broker, bytes: u64) {
+    fn spend(&mut self, bytes: u64) {
         if let Some(own) = &mut self.allowance {
             own.spend(1, bytes);
         }
-        if let Some(all) = broker.access.publishes() {
+        if let Some(all) = self.rights.access().publishes() {
             lock(all).spend(1, bytes);
         }
     }

@@ -71,7 +71,9 @@ impl Inbound {
         out: &mut BytesMut,
     ) -> Result<(), Trouble> {
         let ((), appended) = self.gather(broker, |inbound, work| {
-            while let Ok(Some(frame)) = wire::frame(&bytes[inbound.released_to..], broker.packet_bytes_max) {
+            while let Ok(Some(frame)) =
+                wire::frame(&bytes[inbound.released_to..], inbound.config.packet_bytes_max())
+            {
                 // One that is malformed is met again in its turn.
                 if inbound.version.first(frame.first) == wire::PUBREL
                     && inbound.release(&frame, out, work).is_err()

@@ -36,8 +36,8 @@ pub use self::kept::{Found, Kept, NOTE, Restored, SENT, STEP, note_bytes_max};
 pub use self::load::{Body, LOADS_MAX, Loaded, Loader, look_up};
 pub use self::message::Message;
 pub use self::queued::{
-    Full, Ids, InFlight, Keeps, Offer, Place, QueueLimits, Queued, REFERENCE_BYTES, ShareFilter, Source,
-    Sums, WhenFull,
+    Full, Ids, InFlight, Keeps, Offer, Place, QueueLimits, Queued, REFERENCE_BYTES, ShareFilter,
+    SharedLimits, Source, Sums, WhenFull,
 };
 pub use self::retained::{RetainedFrom, RetainedPage};
 pub use self::send::{Acked, Filled, Peer, Space, Waits};

@@ -1,10 +1,12 @@
 //! A queue entry of a subscriber, and the bounds of the queue.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use serde::{Deserialize, Serialize};
 
 use super::Message;
+use crate::listeners::mqtt::config::Config;
 use crate::listeners::mqtt::subscriptions::Options;
 
 /// Place of a message in a stream.
@@ -226,6 +228,53 @@ pub struct QueueLimits {
     pub messages_max: usize,
     pub bytes_max: usize,
     pub when_full: WhenFull,
+}
+
+impl QueueLimits {
+    pub fn of(config: &Config) -> Self {
+        Self {
+            messages_max: config.queue_messages_max as usize,
+            bytes_max: config.queue_bytes_max.0 as usize,
+            when_full: config.queue_when_full,
+        }
+    }
+}
+
+/// The bounds of all queues, which a reload changes.
+pub struct SharedLimits {
+    messages_max: AtomicUsize,
+    bytes_max: AtomicUsize,
+    drops_oldest: AtomicBool,
+}
+
+impl SharedLimits {
+    pub fn new(limits: QueueLimits) -> Self {
+        let shared = Self {
+            messages_max: AtomicUsize::new(0),
+            bytes_max: AtomicUsize::new(0),
+            drops_oldest: AtomicBool::new(false),
+        };
+        shared.set(limits);
+        shared
+    }
+
+    /// Returns the bounds. While they change, some may be the former ones.
+    #[inline]
+    pub fn get(&self) -> QueueLimits {
+        let drops_oldest = self.drops_oldest.load(Ordering::Relaxed);
+        QueueLimits {
+            messages_max: self.messages_max.load(Ordering::Relaxed),
+            bytes_max: self.bytes_max.load(Ordering::Relaxed),
+            when_full: if drops_oldest { WhenFull::DropOldest } else { WhenFull::Refuse },
+        }
+    }
+
+    pub fn set(&self, limits: QueueLimits) {
+        let QueueLimits { messages_max, bytes_max, when_full } = limits;
+        self.messages_max.store(messages_max, Ordering::Relaxed);
+        self.bytes_max.store(bytes_max, Ordering::Relaxed);
+        self.drops_oldest.store(when_full == WhenFull::DropOldest, Ordering::Relaxed);
+    }
 }
 
 /// What the full queue of a session does with another message.

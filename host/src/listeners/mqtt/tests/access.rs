@@ -4,17 +4,17 @@ use super::*;
 use crate::access::{self, Authenticator, Limits, PasswordFile, Rule};
 use crate::listeners::transport::config::{Identity, Tls};
 
-struct Guarded {
-    host: Host,
-    folder: tempfile::TempDir,
+pub(super) struct Guarded {
+    pub(super) host: Host,
+    pub(super) folder: tempfile::TempDir,
 }
 
-fn rules(yaml: &str) -> Vec<Rule> {
+pub(super) fn rules(yaml: &str) -> Vec<Rule> {
     serde_json::from_value(crate::yaml::to_json(yaml).unwrap()).unwrap()
 }
 
 /// Users ann and bob, each with the user name as password.
-async fn guarded(yaml: &str, change: impl FnOnce(&mut Config)) -> Guarded {
+pub(super) async fn guarded(yaml: &str, change: impl FnOnce(&mut Config)) -> Guarded {
     let folder = tempfile::tempdir().unwrap();
     let host = started(|config| {
         config.access = Some(access(folder.path(), yaml));
@@ -23,7 +23,7 @@ async fn guarded(yaml: &str, change: impl FnOnce(&mut Config)) -> Guarded {
     Guarded { host: host.await, folder }
 }
 
-fn access(folder: &std::path::Path, yaml: &str) -> access::Config {
+pub(super) fn access(folder: &std::path::Path, yaml: &str) -> access::Config {
     let file = folder.join("passwords");
     let mut users = PasswordFile::default();
     for user in ["ann", "bob"] {
@@ -43,12 +43,12 @@ async fn started(change: impl FnOnce(&mut Config)) -> Host {
     Host::start(streams, MemoryStream::new("broker", 1), change).await
 }
 
-fn signed_in(client_id: &'static str, user: &'static str, password: &'static str) -> Connect {
+pub(super) fn signed_in(client_id: &'static str, user: &'static str, password: &'static str) -> Connect {
     let password = Some(bytes::Bytes::from_static(password.as_bytes()));
     Connect { username: Some(user.into()), password, ..clean(client_id) }
 }
 
-fn refused_with(packet: Packet) -> u8 {
+pub(super) fn refused_with(packet: Packet) -> u8 {
     match packet {
         Packet::PublishAck(ack) => ack.reason_code.into(),
         Packet::PublishReceived(ack) => ack.reason_code.into(),

@@ -7,6 +7,7 @@ mod activity;
 mod copies;
 mod limits;
 mod memory;
+mod reload;
 mod sessions;
 mod state_room;
 mod subscribers;

@@ -157,7 +157,7 @@ async fn a_goodbye_is_read_that_lies_behind_publishes_whose_acks_wait_for_the_di
         let stream = MemoryStream::with_manual_commit("s", 1);
         let broker = &broker(&Config::default(), stream.clone(), MemoryStream::new("broker", 1));
         // The last few wait behind acks when the end of the connection is read.
-        let count = 3 * broker.config.inflight_max + 50;
+        let count = 3 * broker.config().inflight_max + 50;
         let sent = (1..=count).flat_map(|id| publish(1, id)).chain(GOODBYE).collect::<Vec<u8>>();
         let (session, _turn) = broker.sessions.claim("c", 9).await.unwrap();
         let mut other = std::pin::pin!(broker.sessions.claim("c", 9));

@@ -124,7 +124,7 @@ async fn a_message_goes_to_a_member_that_keeps_it_rather_than_to_one_that_would_
     // Its client is there, and reads too slowly; the other's is away.
     let slow = world.member_for("slow", 0).await.session;
     world.broker.live.resume(&slow);
-    let room = world.broker.config.queue_messages_max as usize;
+    let room = world.broker.config().queue_messages_max as usize;
     world.publish(room + 10).await;
     assert_eq!((waiting(&slow), waiting(&two)), (room, 20));
 }
@@ -132,7 +132,7 @@ async fn a_message_goes_to_a_member_that_keeps_it_rather_than_to_one_that_would_
 #[tokio::test]
 async fn a_member_whose_queue_is_full_loses_nothing_while_another_has_room() {
     let world = World::new();
-    let room = world.broker.config.queue_messages_max as usize;
+    let room = world.broker.config().queue_messages_max as usize;
     let one = world.member("one").await.session;
     world.publish(room).await;
     let two = world.member("two").await.session;
